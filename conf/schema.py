@@ -1,0 +1,266 @@
+"""What a run is: the frozen dataclasses that every composed configuration must fit.
+
+Pure data, no imports of anything heavy: a login node, a worker and a test read the same types. Sizes are given in the
+field's standard terms; a suffix names the unit where there is one (`_tokens`, `_steps`, `_bytes`). Cross-field rules
+live in `recipes/check.py`, not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Scale = Literal["rehearsal", "full"]
+Action = Literal["run", "check"]
+Launcher = Literal["gang", "ray_train"]
+Precision = Literal["fp32", "bf16"]
+
+
+class Strict:
+    """Unknown keys are faults, not noise."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(Strict):
+    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases, no dropout."""
+
+    name: str
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    """Width of each of the gate and up projections."""
+    num_attention_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt
+    max_sequence_length: PositiveInt
+    rope_theta: PositiveFloat
+    norm_epsilon: PositiveFloat
+    init_std: PositiveFloat
+    """Standard deviation of initial weights; projections back into the residual stream get 1/sqrt(2 layers) of it."""
+    tied_embeddings: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshConfig(Strict):
+    """Sizes of the parallel axes; their product is the number of ranks."""
+
+    tensor: PositiveInt
+    context: PositiveInt
+    pipeline: PositiveInt
+    virtual_pipeline: PositiveInt
+    """Layer chunks a pipeline rank holds; above 1 the schedule is interleaved."""
+    data: PositiveInt | None
+    """Null: as many as the cluster has ranks for and the batch can be shared by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig(Strict):
+    """How one model is spread over ranks and takes a step."""
+
+    backend: Literal["megatron"]
+    mesh: MeshConfig
+    precision: Precision
+    sequence_parallel: bool
+    """Split norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
+    distributed_optimizer: bool
+    """Split optimizer state over the data (and context) axis, ZeRO-1."""
+    overlap: bool
+    """Overlap gradient reduction (and parameter gathering of the distributed optimizer) with computation."""
+    recompute: Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(Strict):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: PositiveFloat
+    """Peak of the schedule."""
+    final_learning_rate_ratio: Fraction
+    """Last learning rate over the peak."""
+    schedule: Literal["cosine", "wsd"]
+    """After linear warm-up: cosine decay, or stable until the last `decay_fraction` of steps and then linear decay."""
+    warmup_fraction: Fraction
+    """Of the stage's steps."""
+    decay_fraction: Fraction
+    """Of the stage's steps; only for wsd."""
+    beta1: Fraction
+    beta2: Fraction
+    epsilon: PositiveFloat
+    weight_decay: NonNegativeFloat
+    clip_grad_norm: NonNegativeFloat
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig(Strict):
+    """A stage that takes optimizer steps."""
+
+    tokens: PositiveInt
+    """Tokens to train on; rounded up to whole steps."""
+    global_batch: PositiveInt
+    """Sequences an optimizer step, over all data ranks."""
+    micro_batch: PositiveInt
+    """Sequences a data rank puts through the model at once."""
+    sequence_length: PositiveInt
+    mixture: dict[str, PositiveFloat]
+    """Data source -> weight; weights need not add up to 1."""
+    optim: OptimConfig
+    z_loss: NonNegativeFloat
+    """Weight of the squared log-partition term; 0 is off."""
+    validate_every_steps: NonNegativeInt
+    """0: only after the last step."""
+    validation_tokens: PositiveInt
+    """Held-out tokens a source, the same at every validation."""
+    checkpoint_every_steps: NonNegativeInt
+    """0: only after the last step and when stopped."""
+    keep_checkpoints: PositiveInt
+    """Newest ones kept; the last verified one is never deleted."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens an optimizer step."""
+        return self.global_batch * self.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return -(-self.tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainStage(Strict):
+    """Train from fresh weights."""
+
+    kind: Literal["pretrain"]
+    training: TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialiseStage(Strict):
+    """Continue training the incoming model on a domain."""
+
+    kind: Literal["specialise"]
+    training: TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateStage(Strict):
+    """Score models side by side on held-out documents; passes the incoming model on unchanged."""
+
+    kind: Literal["evaluate"]
+    models: tuple[str, ...]
+    """Names of earlier stages, or `init` for the model the recipe starts from."""
+    sources: tuple[str, ...]
+    tokens: PositiveInt
+    """Held-out tokens a source, at most."""
+    sequence_length: PositiveInt
+    micro_batch: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportStage(Strict):
+    """Write the incoming model as a Hugging Face directory."""
+
+    kind: Literal["export"]
+    precision: Precision
+
+
+StageConfig = Annotated[PretrainStage | SpecialiseStage | EvaluateStage | ExportStage, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig(Strict):
+    """One corpus."""
+
+    path: str
+    """Text, jsonl or parquet file(s) or a prepared dataset; `shipped:NAME` for a corpus that comes with the project."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(Strict):
+    """Where text comes from and how it becomes tokens."""
+
+    tokenizer: str
+    """Path of a `tokenizer.json`, or `shipped:NAME`."""
+    sources: dict[str, SourceConfig]
+    held_out_fraction: Annotated[float, Field(gt=0, lt=0.5)]
+    """Share of documents, chosen by hash, that is never trained on."""
+    cache_dir: str
+    """Prepared datasets are kept here, each under its identity."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig(Strict):
+    """Where ranks run."""
+
+    name: str
+    kind: Literal["local", "ray"]
+    """local: a private Ray on this machine. ray: join the Ray cluster at `address`."""
+    address: str | None
+    device: Literal["auto", "cpu", "cuda"]
+    num_nodes: PositiveInt
+    ranks_per_node: PositiveInt | None
+    """Null: what this machine has (GPUs, else cores)."""
+    node_labels: dict[str, str]
+    """Ray node labels every node of the gang must carry, e.g. its InfiniBand domain."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig(Strict):
+    """Weights & Biases; metrics.jsonl is the record and is always written."""
+
+    mode: Literal["auto", "online", "offline", "disabled"]
+    """auto: online when a key is set, else offline."""
+    project: str
+    entity: str | None
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget(Strict):
+    """What the full-size run may take."""
+
+    gpu: str
+    gpus: PositiveInt
+    days: PositiveFloat
+    power_mw: PositiveFloat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(Strict):
+    """Everything a run is. `config.json` of a run directory holds exactly this."""
+
+    name: str
+    """The recipe."""
+    description: str
+    scale: Scale
+    action: Action
+    launcher: Launcher
+    seed: NonNegativeInt
+    runs_dir: str
+    init: str | None
+    """Where weights come from: null (fresh), `recipe:NAME` (newest finished run of it), or a checkpoint directory."""
+    resume: str | None
+    """`latest` (newest unfinished run of this recipe), a run directory, or null for a new run."""
+    order: tuple[str, ...]
+    stages: dict[str, StageConfig]
+    model: ModelConfig
+    engine: EngineConfig
+    data: DataConfig
+    cluster: ClusterConfig
+    tracking: TrackingConfig
+    budget: Budget
+    full_size: RunConfig | None = field(default=None)
+    """The same recipe at full size, where this is a rehearsal of it."""

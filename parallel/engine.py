@@ -1,0 +1,195 @@
+"""The seam between the training loop and a backend: a model spread over a mesh that can take a step.
+
+The seam is the whole step, because pipeline schedules own the micro-batches. State crosses it as *pieces*: boxes of
+canonically named logical tensors, so any layout of any engine can read what any other wrote.
+
+Shape suffixes: B rows, S tokens, V vocabulary (this tensor rank's part of it in `logits_BSV`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from conf.schema import EngineConfig, ModelConfig, OptimConfig
+from data.batch import Batch
+from parallel.mesh import Coordinate, Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a logical tensor that this rank holds.
+
+    Attributes:
+        name: canonical (Hugging Face Llama) name of the logical tensor, e.g. `model.layers.3.mlp.up_proj.weight`;
+            optimizer state adds a prefix: `exp_avg/`, `exp_avg_sq/`, `master/`.
+        global_shape: shape of the whole logical tensor, whatever the layout.
+        offset: first index of the box in each dimension.
+        tensor: the values; its shape is the box's shape. May be a view of live memory: copy before the next step.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+
+class TensorSource(Protocol):
+    """Something any box of any logical tensor can be read from: a checkpoint, or fresh random weights."""
+
+    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The box of the named tensor that starts at `offset`, on the CPU.
+
+        Raises:
+            CheckpointError: there is no such tensor, the box is outside it, or its bytes are damaged.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """What an objective makes of the logits of one micro-batch; the engine divides by global counts.
+
+    Attributes:
+        loss: differentiable sum over counted tokens of this rank's part of the micro-batch, in nats, shape ().
+        num_tokens: counted tokens, shape ().
+        metrics: further sums over counted tokens to be averaged and reported, by name (detached, shape ()).
+    """
+
+    loss: Tensor
+    num_tokens: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """A loss. Called on the last pipeline rank with the logits of one micro-batch."""
+
+    def __call__(
+        self, logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, tensor_group: ProcessGroup
+    ) -> LossSums:
+        """Sums over this rank's tokens. `logits_BSV` holds this tensor rank's slice of the vocabulary."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The same on every rank.
+
+    Attributes:
+        loss: mean of the objective over counted tokens of the global batch, in nats.
+        grad_norm: global L2 norm before clipping.
+        num_tokens: counted tokens of the global batch.
+        metrics: the objective's further metrics, averaged over counted tokens.
+        stop: some rank asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    metrics: dict[str, float]
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowScores:
+    """How the model predicts each row, the same on every rank; rows of all data ranks in order of data rank.
+
+    Attributes:
+        sample_ids_B: whose row it is.
+        loss_B: float64 sum of the negative log-likelihood over counted tokens, in nats.
+        correct_B: float64 number of counted tokens whose label has the largest logit.
+        num_tokens_B: float64 counted tokens.
+    """
+
+    sample_ids_B: Tensor
+    loss_B: Tensor
+    correct_B: Tensor
+    num_tokens_B: Tensor
+
+
+class Engine(Protocol):
+    """A model spread over a mesh."""
+
+    mesh: Mesh
+    coordinate: Coordinate
+    num_parameters: int
+    """Of the whole model, whatever the layout; tied embeddings count once."""
+
+    def step(
+        self, micro_batches: Sequence[Batch], objective: Objective, *, learning_rate: float, stop: bool = False
+    ) -> StepResult:
+        """Train on this data rank's micro-batches of one global batch.
+
+        Args:
+            micro_batches: the same number and shape on every data rank; ranks of one data coordinate get equal ones.
+            objective: the loss.
+            learning_rate: of this step.
+            stop: this rank asks everyone to stop; agreed on the step's own all-reduce.
+
+        Raises:
+            FloatingPointError: the loss or gradient norm is not finite; weights and optimizer are unchanged.
+        """
+        ...
+
+    def score(self, micro_batches: Sequence[Batch]) -> RowScores:
+        """Score held-out rows without training; every data rank gives the same number of equally shaped batches."""
+        ...
+
+    def weights(self) -> Iterator[Piece]:
+        """The pieces of the weights that this rank should save: over all ranks every element exactly once."""
+        ...
+
+    def load_weights(self, source: TensorSource) -> None:
+        """Fill the model (and the optimizer's master weights) from canonical tensors."""
+        ...
+
+    def optimizer_state(self) -> Iterator[Piece]:
+        """The pieces of the optimizer's state that this rank should save: over all ranks every element once."""
+        ...
+
+    def load_optimizer_state(self, source: TensorSource, *, num_steps: int) -> None:
+        """Continue the optimizer as it was after `num_steps` steps."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """Largest device memory this rank had allocated since the start (resident set size on a CPU)."""
+        ...
+
+    def close(self) -> None:
+        """Free the model and its buffers; process groups stay for the next engine."""
+        ...
+
+
+def make_engine(
+    model: ModelConfig, engine: EngineConfig, optim: OptimConfig | None, mesh: Mesh, *, micro_batch: int
+) -> Engine:
+    """Build the engine of `engine.backend` on this rank; weights are undefined until `load_weights`.
+
+    Args:
+        model: shape of the model.
+        engine: how it is spread; `engine.mesh` is already resolved into `mesh`.
+        optim: AdamW settings, or None for an engine that only scores (no gradient buffers, no optimizer).
+        mesh: the axes; its world size is that of the initialised default process group.
+        micro_batch: rows of every micro-batch (pipeline buffers have a fixed shape).
+    """
+    match engine.backend:
+        case "megatron":
+            from parallel.megatron import MegatronEngine
+
+            return MegatronEngine(model, engine, optim, mesh, micro_batch=micro_batch)
+
+
+__all__ = [
+    "Engine",
+    "LossSums",
+    "Objective",
+    "Piece",
+    "RowScores",
+    "StepResult",
+    "TensorSource",
+    "make_engine",
+]
