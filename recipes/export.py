@@ -1,0 +1,131 @@
+"""Write the incoming model as a Hugging Face `LlamaForCausalLM` directory: safetensors, config, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conf.schema import ExportStage, ModelConfig
+from data.tokenizer import tokenizer_file
+from recipes.model_card import model_card
+from recipes.stage import StageInput, StageOutput
+from train.checkpoint import Checkpoint
+from train.metrics import MetricsWriter
+from train.rundir import replace_text
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Hugging Face's own default; loaders read a file at a time.
+FILE_BYTES = 5 * 2**30
+
+
+def export(given: StageInput, stage: ExportStage) -> StageOutput:
+    """Write the directory; files are shared out over the ranks, and no rank holds more than one file's tensors."""
+    context = given.context
+    checkpoint = given.open_incoming()
+    directory = context.run.export
+    directory.mkdir(exist_ok=True)
+    files = plan_files(checkpoint, DTYPES[stage.precision].itemsize)
+    for index, (file, names) in enumerate(files.items()):
+        if index % context.place.world_size == context.place.rank:
+            tensors = {name: whole_tensor(checkpoint, name).to(DTYPES[stage.precision]) for name in names}
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+    dist.barrier()
+    if context.is_first:
+        write_companions(given, checkpoint, files, DTYPES[stage.precision])
+        MetricsWriter(context.run.metrics_file).write(
+            "export",
+            stage=given.name,
+            path=str(directory),
+            num_bytes=sum(file.stat().st_size for file in directory.iterdir()),
+        )
+    return StageOutput("finished", None)
+
+
+def plan_files(checkpoint: Checkpoint, itemsize: int) -> dict[str, list[str]]:
+    """File name -> tensors in it, in the order of the manifest, each file at most `FILE_BYTES` (or one tensor)."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in checkpoint.weights.shapes().items():
+        num_bytes = itemsize * torch.Size(shape).numel()
+        if groups[-1] and size + num_bytes > FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups)}
+
+
+def whole_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A logical tensor, assembled from its pieces and verified."""
+    shape = checkpoint.weights.shapes()[name]
+    return checkpoint.weights.read(name, (0,) * len(shape), shape).contiguous()
+
+
+def write_companions(
+    given: StageInput, checkpoint: Checkpoint, files: dict[str, list[str]], dtype: torch.dtype
+) -> None:
+    """Everything beside the weights."""
+    directory, config = given.context.run.export, given.context.config
+    model = checkpoint.manifest.provenance.model
+    if len(files) > 1:
+        shapes = checkpoint.weights.shapes()
+        total = sum(dtype.itemsize * torch.Size(shapes[name]).numel() for names in files.values() for name in names)
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        write_json(directory / "model.safetensors.index.json", index)
+    end_of_text = next(iter(given.datasets.values())).end_of_text_id
+    token_ids = {"bos_token_id": None, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    write_json(directory / "config.json", llama_config(model, dtype) | token_ids)
+    write_json(directory / "generation_config.json", token_ids)
+    shutil.copyfile(tokenizer_file(config.data.tokenizer), directory / "tokenizer.json")
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model.max_sequence_length,
+        },
+    )
+    replace_text(directory / "README.md", model_card(given, checkpoint))
+
+
+def llama_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
+    """`config.json` of a LlamaForCausalLM of this shape."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_sequence_length,
+        "rope_theta": model.rope_theta,
+        "rms_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tied_embeddings,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write a file whole or not at all."""
+    replace_text(file, json.dumps(content, indent=2) + "\n")

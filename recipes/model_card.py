@@ -1,0 +1,105 @@
+"""The README.md of an exported model: what it is, what it saw, how well it predicts, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from conf import load
+from recipes.stage import StageInput
+from train.checkpoint import Checkpoint
+from train.metrics import read
+from train.rundir import RunDir
+
+
+def model_card(given: StageInput, checkpoint: Checkpoint) -> str:
+    """Markdown with the front matter Hugging Face reads; every number is from the run's own record."""
+    config, run = given.context.config, given.context.run
+    provenance = checkpoint.manifest.provenance
+    model = provenance.model
+    rehearsal = config.scale == "rehearsal"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [{', '.join(['llama', config.name, *(['rehearsal'] if rehearsal else [])])}]",
+        "---",
+        "",
+        f"# {config.name}" + (" (rehearsal)" if rehearsal else ""),
+        "",
+        config.description,
+        "",
+    ]
+    if rehearsal:
+        lines += [
+            "This model comes from a rehearsal: model, data and steps are scaled down to fit one machine.",
+            "It shows that the recipe works, and is of no use beyond that.",
+            "",
+        ]
+    lines += [
+        f"{model.num_parameters:,} parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"FFN {model.ffn_hidden_size}, {model.num_attention_heads} heads ({model.num_kv_heads} for keys and values), "
+        f"vocabulary {model.vocab_size}, context {model.max_sequence_length}.",
+        "",
+        "## Training",
+        "",
+        *training_table(run, provenance.data),
+        "## Held-out scores",
+        "",
+        *score_table(run),
+        "## Lineage",
+        "",
+        *lineage(checkpoint),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def training_table(run: RunDir, identities: dict[str, str]) -> Iterator[str]:
+    """What each training stage saw, from the runs that trained it, oldest first."""
+    yield "| stage | run | tokens | mixture |"
+    yield "| --- | --- | --- | --- |"
+    yield from stage_rows(run)
+    yield ""
+    for source, identity in identities.items():
+        yield f"- data `{source}`: {identity}"
+    yield ""
+
+
+def stage_rows(run: RunDir) -> Iterator[str]:
+    """Rows of `training_table` for a run, after those of the run it started from."""
+    config = load.read(run.config_file)
+    if config.init is not None:
+        origin = RunDir(Path(config.init).parents[3])
+        if origin.config_file.exists():
+            yield from stage_rows(origin)
+    for name in config.order:
+        training = getattr(config.stages[name], "training", None)
+        if training is not None:
+            tokens = training.num_steps * training.tokens_per_step
+            mixture = ", ".join(f"{source} {weight:g}" for source, weight in training.mixture.items())
+            yield f"| {name} | {run.name} | {tokens:,} | {mixture} |"
+
+
+def score_table(run: RunDir) -> Iterator[str]:
+    """The run's evaluation records."""
+    yield "Nats a token (lower is better) and next-token accuracy, with standard errors over documents."
+    yield ""
+    yield "| model | source | loss | accuracy | tokens |"
+    yield "| --- | --- | --- | --- | --- |"
+    for record in read(run.metrics_file):
+        if record["kind"] == "evaluation":
+            yield (
+                f"| {record['model']} | {record['source']} | {record['loss']:.4f} +- {record['standard_error']:.4f} | "
+                f"{record['accuracy']:.2%} +- {record['accuracy_standard_error']:.2%} | {record['num_tokens']:,} |"
+            )
+    yield ""
+
+
+def lineage(checkpoint: Checkpoint) -> Iterator[str]:
+    """The checkpoint and its parents by hash."""
+    provenance = checkpoint.manifest.provenance
+    yield f"- checkpoint `{checkpoint.path.name}` of stage {provenance.stage} of run {provenance.run}: "
+    yield f"  sha256 of its manifest {checkpoint.manifest_sha256}"
+    for parent in provenance.parents:
+        yield f"- parent: sha256 of its manifest {parent.manifest_sha256}"
+    yield f"- tokenizer: sha256 {provenance.tokenizer}"

@@ -1,0 +1,56 @@
+"""A recipe on one rank: its stages in order, each from checkpoint to checkpoint; stages already done are passed over."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from conf.schema import EvaluateStage, ExportStage, PretrainStage, SpecialiseStage
+from recipes.evaluate import evaluate
+from recipes.export import export
+from recipes.pretrain import pretrain
+from recipes.specialise import specialise
+from recipes.stage import StageInput, StageOutput, open_datasets
+from train.rundir import StageResult
+from train.worker import RankContext, RankOutcome
+
+
+def run_stages(context: RankContext) -> RankOutcome:
+    """Run every stage that is not done yet; `stopped` as soon as one was asked to stop."""
+    datasets = open_datasets(context.run)
+    incoming = Path(context.config.init) if context.config.init is not None else None
+    for name in context.config.order:
+        result = context.run.result(name)
+        # Rank 0 writes the result of the stage after this; nobody may look for it before all have looked for this one.
+        dist.barrier()
+        if result is None:
+            started = time.monotonic()
+            output = run_stage(StageInput(context=context, name=name, incoming=incoming, datasets=datasets))
+            if output.outcome == "stopped":
+                return "stopped"
+            result = StageResult(
+                checkpoint=None if output.checkpoint is None else str(output.checkpoint),
+                seconds=time.monotonic() - started,
+            )
+            dist.barrier()
+            if context.is_first:
+                context.run.write_result(name, result)
+            dist.barrier()
+        if result.checkpoint is not None:
+            incoming = Path(result.checkpoint)
+    return "finished"
+
+
+def run_stage(given: StageInput) -> StageOutput:
+    """Run one stage by its kind."""
+    match given.context.config.stages[given.name]:
+        case PretrainStage() as stage:
+            return pretrain(given, stage)
+        case SpecialiseStage() as stage:
+            return specialise(given, stage)
+        case EvaluateStage() as stage:
+            return evaluate(given, stage)
+        case ExportStage() as stage:
+            return export(given, stage)

@@ -1,0 +1,73 @@
+"""What every stage is given and gives back: a stage is a function from checkpoint to checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.errors import CheckpointError
+from data.shards import Dataset
+from train.checkpoint import Checkpoint
+from train.rundir import RunDir
+from train.worker import RankContext, RankOutcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageInput:
+    """What a stage works on, the same on every rank.
+
+    Attributes:
+        context: this rank and its run.
+        name: of the stage in the recipe.
+        incoming: checkpoint of the model so far, or None where there is none yet.
+        datasets: every prepared source by name.
+    """
+
+    context: RankContext
+    name: str
+    incoming: Path | None
+    datasets: dict[str, Dataset]
+
+    def model_of(self, name: str) -> Path:
+        """Checkpoint of an earlier stage's model, or of `init`, the one the recipe started from."""
+        run, init = self.context.run, self.context.config.init
+        result = run.result(name) if name != "init" else None
+        path = init if name == "init" else result.checkpoint if result is not None else None
+        assert path is not None, f"model {name} does not exist, though the order of stages was checked"
+        return Path(path)
+
+    def open_incoming(self) -> Checkpoint:
+        """The incoming model.
+
+        Raises:
+            CheckpointError: it was trained with another tokenizer than this run's data.
+        """
+        assert self.incoming is not None, "a stage that needs a model comes after one that makes it (recipes/check.py)"
+        checkpoint = Checkpoint.open(self.incoming)
+        saved = checkpoint.manifest.provenance.tokenizer
+        tokenizer = tokenizer_identity(self.datasets)
+        if saved != tokenizer:
+            raise CheckpointError(
+                f"{self.incoming} was trained with tokenizer {saved[:12]}, and this run's data is tokenised with "
+                f"{tokenizer[:12]}: token ids would mean other words. Set data.tokenizer to the model's own."
+            )
+        return checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """How a stage ended, and the checkpoint it passes on (None: it only looked)."""
+
+    outcome: RankOutcome
+    checkpoint: Path | None
+
+
+def open_datasets(run: RunDir) -> dict[str, Dataset]:
+    """The prepared sources of a run, as its driver wrote them down."""
+    return {name: Dataset.open(Path(path)) for name, path in json.loads(run.datasets_file.read_text()).items()}
+
+
+def tokenizer_identity(datasets: dict[str, Dataset]) -> str:
+    """Hash of the tokenizer all sources share."""
+    return next(iter(datasets.values())).tokenizer_sha256

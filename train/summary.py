@@ -1,0 +1,193 @@
+"""What the records of a run add up to; the screen's last table, W&B's summary and the report all show this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from train.metrics import (
+    Checkpoint,
+    Comparison,
+    Evaluation,
+    Export,
+    Message,
+    Record,
+    RunStarted,
+    StageStarted,
+    Step,
+    Validation,
+    steps_of,
+    validations_of,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageSummary:
+    """One stage.
+
+    Attributes:
+        started: its newest start; a resumed stage has several.
+        steps: the steps that count, in order; none for a stage that does not train.
+        validations: those that count, in order of step.
+        seconds: time spent in it over all attempts.
+        done: it came to its end rather than to a stop.
+    """
+
+    started: StageStarted
+    steps: list[Step]
+    validations: list[Validation]
+    seconds: float
+    done: bool
+
+    @property
+    def name(self) -> str:
+        """Its name in the recipe."""
+        return self.started["stage"]
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes optimizer steps."""
+        return self.started["num_steps"] > 0
+
+    @property
+    def last_validations(self) -> list[Validation]:
+        """The newest validation of each source."""
+        return list({validation["source"]: validation for validation in self.validations}.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """A whole run.
+
+    Attributes:
+        started: newest start of the driver, None where even that was not recorded.
+        status: finished, stopped, failed, or running (also when the driver was killed).
+        exit_code: of the driver, None while it runs.
+        first_time: unix seconds of the first record.
+        seconds: time spent over all attempts.
+        stages: in the order they first began.
+        checkpoints: one for each stage and step, oldest first.
+    """
+
+    started: RunStarted | None
+    status: str
+    exit_code: int | None
+    first_time: float
+    seconds: float
+    stages: list[StageSummary]
+    evaluations: list[Evaluation]
+    comparisons: list[Comparison]
+    checkpoints: list[Checkpoint]
+    exports: list[Export]
+    messages: list[Message]
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models and baselines that were scored, baselines last."""
+        names = dict.fromkeys(evaluation["model"] for evaluation in self.evaluations)
+        return sorted(names, key=self.is_baseline)
+
+    @property
+    def sources(self) -> list[str]:
+        """Sources that models were scored on."""
+        return list(dict.fromkeys(evaluation["source"] for evaluation in self.evaluations))
+
+    def is_baseline(self, model: str) -> bool:
+        """Whether a scored model is no network of this run but a yardstick such as an n-gram."""
+        return model != "init" and all(stage.name != model for stage in self.stages)
+
+
+def summarise(records: Sequence[Record]) -> RunSummary:
+    """Add up the records of a run, over all its attempts; the newest record of a thing counts."""
+    evaluations: dict[tuple[str, str], Evaluation] = {}
+    comparisons: dict[tuple[str, str, str], Comparison] = {}
+    checkpoints: dict[tuple[str, int], Checkpoint] = {}
+    exports: dict[str, Export] = {}
+    messages: list[Message] = []
+    started, status, exit_code = None, "running", None
+    for record in records:
+        match record["kind"]:
+            case "run_started":
+                started, status, exit_code = record, "running", None
+            case "run_ended":
+                status, exit_code = record["status"], record["exit_code"]
+            case "evaluation":
+                evaluations[record["model"], record["source"]] = record
+            case "comparison":
+                comparisons[record["model"], record["baseline"], record["source"]] = record
+            case "checkpoint":
+                checkpoints[record["stage"], record["step"]] = record
+            case "export":
+                exports[record["stage"]] = record
+            case "message":
+                messages.append(record)
+    return RunSummary(
+        started=started,
+        status=status,
+        exit_code=exit_code,
+        first_time=records[0].get("time", 0.0) if records else 0.0,
+        seconds=_seconds_of_run(records),
+        stages=_stages(records),
+        evaluations=list(evaluations.values()),
+        comparisons=list(comparisons.values()),
+        checkpoints=list(checkpoints.values()),
+        exports=list(exports.values()),
+        messages=messages,
+    )
+
+
+def exceeds_noise(comparison: Comparison) -> bool:
+    """Whether a gain is more than three standard errors."""
+    return comparison["gain"] > 3 * comparison["standard_error"]
+
+
+def _stages(records: Sequence[Record]) -> list[StageSummary]:
+    newest: dict[str, StageStarted] = {}
+    for record in records:
+        if record["kind"] == "stage_started":
+            newest[record["stage"]] = record
+    return [_stage(records, started) for started in newest.values()]
+
+
+def _stage(records: Sequence[Record], started: StageStarted) -> StageSummary:
+    name = started["stage"]
+    steps = steps_of(records, name)
+    ended = [record for record in records if record["kind"] == "stage_ended" and record["stage"] == name]
+    # A stage that was asked to stop also writes its end, but has steps left.
+    reached_last = not started["num_steps"] or bool(steps and steps[-1]["step"] >= started["num_steps"])
+    return StageSummary(
+        started=started,
+        steps=steps,
+        validations=validations_of(records, name),
+        seconds=_seconds_of_stage(records, name),
+        done=bool(ended) and reached_last,
+    )
+
+
+def _seconds_of_stage(records: Sequence[Record], name: str) -> float:
+    """Attempts that never wrote their end count up to their last record."""
+    total, began, newest = 0.0, None, 0.0
+    for record in records:
+        if record.get("stage") != name:
+            continue
+        newest_before, newest = newest, record.get("time", newest)
+        if record["kind"] == "stage_started":
+            total += newest_before - began if began is not None else 0.0
+            began = newest
+        elif record["kind"] == "stage_ended":
+            total += record["seconds"]
+            began = None
+    return total + (newest - began if began is not None else 0.0)
+
+
+def _seconds_of_run(records: Sequence[Record]) -> float:
+    total, began, newest = 0.0, None, 0.0
+    for record in records:
+        newest_before, newest = newest, record.get("time", newest)
+        if record["kind"] == "run_started":
+            total += newest_before - began if began is not None else 0.0
+            began = newest
+        elif record["kind"] == "run_ended":
+            total += record["seconds"]
+            began = None
+    return total + (newest - began if began is not None else 0.0)

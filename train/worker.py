@@ -1,0 +1,140 @@
+"""What one rank does between being started and the first line of a stage: its environment, log, config and groups."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from conf import load
+from conf.schema import RunConfig
+from train.rundir import RunDir, replace_text
+
+RankOutcome = Literal["finished", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a rank runs and how it meets the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    ranks_on_node: int
+    master_address: str
+    master_port: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a rank ended early, as it saw it."""
+
+    rank: int
+    time: float
+    error: str
+    traceback: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankContext:
+    """What every stage is given: who this rank is and what run it is part of."""
+
+    place: Place
+    config: RunConfig
+    run: RunDir
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 writes what is written once."""
+        return self.place.rank == 0
+
+
+def run_rank(place: Place, run_dir: str, entry: str) -> RankOutcome:
+    """Run `entry` ("module:function", taking a RankContext) as one rank of a run.
+
+    A failure is written to the run's `failures/` before it is raised, so that the rank that caused it can be told
+    from those that only lost their peer.
+    """
+    run = RunDir(Path(run_dir))
+    _prepare_process(place, run)
+    try:
+        config = load.read(run.config_file)
+        import torch
+
+        from parallel import groups
+        from parallel.mesh import Mesh
+
+        # Ray imports torch before we can say how many cores this rank may use.
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        mesh = config.engine.mesh
+        assert mesh.data is not None, "the mesh is resolved before launch"
+        groups.initialise(
+            Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor),
+            virtual_pipeline=mesh.virtual_pipeline,
+        )
+        outcome = _entry(entry)(RankContext(place=place, config=config, run=run))
+        groups.shut_down()
+        return outcome
+    except BaseException as error:
+        record_failure(run, place.rank, error)
+        raise
+
+
+def record_failure(run: RunDir, rank: int, error: BaseException) -> None:
+    """Write why a rank failed; keeps the first record of the rank."""
+    file = run.failures / f"rank-{rank:05d}.json"
+    if file.exists():
+        return
+    failure = Failure(
+        rank=rank,
+        time=time.time(),
+        error=f"{type(error).__name__}: {error}",
+        traceback="".join(traceback.format_exception(error)),
+    )
+    traceback.print_exception(error)
+    try:
+        replace_text(file, json.dumps(asdict(failure)))
+    except OSError as problem:
+        # A full disk may be the very reason: the traceback still reaches the log and the launcher.
+        print(f"could not write {file}: {problem}", file=sys.stderr)
+
+
+def _prepare_process(place: Place, run: RunDir) -> None:
+    log = os.open(run.rank_log(place.rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
+    faulthandler.enable()
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the driver answers them by asking for a stop.
+    # Ray Train calls from a thread of its own, where handlers cannot be set; its processes have their own group.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    cores = len(os.sched_getaffinity(0))
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.local_rank),
+        LOCAL_WORLD_SIZE=str(place.ranks_on_node),
+        MASTER_ADDR=place.master_address,
+        MASTER_PORT=str(place.master_port),
+        OMP_NUM_THREADS=str(max(1, cores // place.ranks_on_node)),
+    )
+    print(f"-- rank {place.rank} of {place.world_size} on {socket.gethostname()}, process {os.getpid()}", flush=True)
+
+
+def _entry(name: str) -> Callable[[RankContext], RankOutcome]:
+    module, _, function = name.partition(":")
+    entry: Callable[[RankContext], RankOutcome] = getattr(importlib.import_module(module), function)
+    return entry
