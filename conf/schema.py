@@ -17,6 +17,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 Scale = Literal["rehearsal", "full"]
 Action = Literal["run", "check"]
@@ -50,6 +51,30 @@ class ModelConfig(Strict):
     init_std: PositiveFloat
     """Standard deviation of initial weights; projections back into the residual stream get 1/sqrt(2 layers) of it."""
     tied_embeddings: bool
+
+    @property
+    def num_matmul_parameters(self) -> int:
+        """Weights every token is multiplied by: all matrices, the output head included, the embedding lookup not."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        return self.num_layers * (attention + mlp) + self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights; tied embeddings count once."""
+        norms = (2 * self.num_layers + 1) * self.hidden_size
+        embedding = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
+        return self.num_matmul_parameters + norms + embedding
+
+    def train_flops_per_token(self, sequence_length: int) -> float:
+        """Model FLOPs of one training step for one token, the numerator of model TFLOP/s and MFU.
+
+        Forward and backward are 6 FLOPs a matmul weight, plus the attention scores and their use: 12 x layers x heads x
+        head_dim x sequence_length over the whole square, counted half because attention is causal. Recomputation,
+        norms, softmax and the optimizer are not counted.
+        """
+        attention = 6 * self.num_layers * self.num_attention_heads * self.head_dim * sequence_length
+        return float(6 * self.num_matmul_parameters + attention)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +120,8 @@ class OptimConfig(Strict):
     """Of the stage's steps."""
     decay_fraction: Fraction
     """Of the stage's steps; only for wsd."""
-    beta1: Fraction
-    beta2: Fraction
+    beta1: Decay
+    beta2: Decay
     epsilon: PositiveFloat
     weight_decay: NonNegativeFloat
     clip_grad_norm: NonNegativeFloat
@@ -167,6 +192,10 @@ class EvaluateStage(Strict):
     """Held-out tokens a source, at most."""
     sequence_length: PositiveInt
     micro_batch: PositiveInt
+    ngram_order: Literal[0, 2, 3]
+    """Order of the n-gram baseline that has seen the same tokens; 0: none."""
+    ngram_tokens: PositiveInt
+    """Tokens the baseline is trained on, at most: the last ones the models saw."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,5 +291,7 @@ class RunConfig(Strict):
     cluster: ClusterConfig
     tracking: TrackingConfig
     budget: Budget
+    overrides: tuple[str, ...] = ()
+    """What was typed, in Hydra's terms; composing them again gives this configuration."""
     full_size: RunConfig | None = field(default=None)
     """The same recipe at full size, where this is a rehearsal of it."""

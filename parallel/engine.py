@@ -68,6 +68,11 @@ class LossSums:
 class Objective(Protocol):
     """A loss. Called on the last pipeline rank with the logits of one micro-batch."""
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics it reports, in order: ranks that see no logits take part in the same all-reduce."""
+        ...
+
     def __call__(
         self, logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, tensor_group: ProcessGroup
     ) -> LossSums:

@@ -28,6 +28,7 @@ Scores = dict[tuple[str, str], DocumentScores]
 
 def evaluate(given: StageInput, stage: EvaluateStage) -> StageOutput:
     """Write an `evaluation` record for every model and source, and a `comparison` for every pair that matters."""
+    given.announce(stage.kind)
     scores: Scores = {}
     for name in stage.models:
         scores |= score_model(given, stage, name)
@@ -82,7 +83,10 @@ def score_baseline(given: StageInput, stage: EvaluateStage) -> Scores:
             data_rank=0,
             data_size=1,
         )
-        scores[f"{stage.ngram_order}-gram", source] = baseline.score(batches)
+        rows = baseline.score(batches)
+        scores[f"{stage.ngram_order}-gram", source] = DocumentScores.from_rows(
+            rows.sample_ids_B, rows.loss_B, rows.correct_B, rows.num_tokens_B
+        )
     return scores
 
 

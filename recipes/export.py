@@ -26,6 +26,7 @@ FILE_BYTES = 5 * 2**30
 
 def export(given: StageInput, stage: ExportStage) -> StageOutput:
     """Write the directory; files are shared out over the ranks, and no rank holds more than one file's tensors."""
+    given.announce(stage.kind)
     context = given.context
     checkpoint = given.open_incoming()
     directory = context.run.export

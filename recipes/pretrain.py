@@ -30,9 +30,7 @@ def train_stage(
     """Train `model` from `initial` and pass on the last checkpoint."""
     context = given.context
     engine_config = context.config.engine
-    engine = make_engine(
-        model, engine_config, training.optim, mesh_of(given), micro_batch=training.micro_batch
-    )
+    engine = make_engine(model, engine_config, training.optim, mesh_of(given), micro_batch=training.micro_batch)
     try:
         job = StageJob(
             name=given.name,

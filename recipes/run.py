@@ -13,6 +13,7 @@ from recipes.export import export
 from recipes.pretrain import pretrain
 from recipes.specialise import specialise
 from recipes.stage import StageInput, StageOutput, open_datasets
+from train.metrics import MetricsWriter
 from train.rundir import StageResult
 from train.worker import RankContext, RankOutcome
 
@@ -30,13 +31,12 @@ def run_stages(context: RankContext) -> RankOutcome:
             output = run_stage(StageInput(context=context, name=name, incoming=incoming, datasets=datasets))
             if output.outcome == "stopped":
                 return "stopped"
-            result = StageResult(
-                checkpoint=None if output.checkpoint is None else str(output.checkpoint),
-                seconds=time.monotonic() - started,
-            )
+            checkpoint = None if output.checkpoint is None else str(output.checkpoint)
+            result = StageResult(checkpoint=checkpoint, seconds=time.monotonic() - started)
             dist.barrier()
             if context.is_first:
                 context.run.write_result(name, result)
+                MetricsWriter(context.run.metrics_file).write("stage_ended", stage=name, seconds=result.seconds)
             dist.barrier()
         if result.checkpoint is not None:
             incoming = Path(result.checkpoint)

@@ -9,6 +9,7 @@ from pathlib import Path
 from conf.errors import CheckpointError
 from data.shards import Dataset
 from train.checkpoint import Checkpoint
+from train.metrics import MetricsWriter
 from train.rundir import RunDir
 from train.worker import RankContext, RankOutcome
 
@@ -28,6 +29,20 @@ class StageInput:
     name: str
     incoming: Path | None
     datasets: dict[str, Dataset]
+
+    def announce(self, kind: str) -> None:
+        """Write down that a stage without optimizer steps began; a training loop writes its own."""
+        if self.context.is_first:
+            parameters = Checkpoint.open(self.incoming).manifest.provenance.model.num_parameters if self.incoming else 0
+            MetricsWriter(self.context.run.metrics_file).write(
+                "stage_started",
+                stage=self.name,
+                stage_kind=kind,
+                num_parameters=parameters,
+                num_steps=0,
+                step=0,
+                tokens_per_step=0,
+            )
 
     def model_of(self, name: str) -> Path:
         """Checkpoint of an earlier stage's model, or of `init`, the one the recipe started from."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Indices `offset[d] <= i < offset[d] + shape[d]` in every dimension d; no dimensions: the one element of a scalar."""
+    """Indices `offset[d] <= i < offset[d] + shape[d]` in every dimension d; with none, a scalar's one element."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]

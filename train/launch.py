@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from conf.errors import UserError
-from conf.schema import ClusterConfig, RunConfig
+from conf.schema import ClusterConfig
 from train.rundir import RunDir
 from train.worker import Failure, Place, RankOutcome, run_rank
 
@@ -207,6 +207,80 @@ class Gang:
         return first_failure(run, errors)
 
 
+class RayTrain:
+    """The same work under Ray Train's TorchTrainer; a new group of workers for every run.
+
+    Args:
+        cluster: where; `ranks_per_node` is resolved.
+        use_gpu: one GPU a rank, else CPU ranks.
+    """
+
+    def __init__(self, cluster: ClusterConfig, *, use_gpu: bool) -> None:
+        assert cluster.ranks_per_node is not None, "the cluster is resolved before launch"
+        self.cluster = cluster
+        self.world_size = cluster.num_nodes * cluster.ranks_per_node
+        self.use_gpu = use_gpu
+
+    def __enter__(self) -> Self:
+        """Join or start Ray."""
+        connect(self.cluster, self.world_size, use_gpu=self.use_gpu)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave Ray."""
+        import ray
+
+        ray.shutdown()
+
+    def run(self, run: RunDir, entry: str, on_poll: Callable[[], None]) -> RankOutcome:
+        """Let every rank run `entry` for a run directory; `on_poll` is called a few times a second.
+
+        Raises:
+            RankError: a rank died or raised.
+        """
+        trainer = self._trainer(run, entry)
+        errors: list[Exception] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=fit, name="ray-train")
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            on_poll()
+        if errors:
+            raise first_failure(run, getattr(errors[0], "worker_failures", None) or {0: errors[0]}) from None
+        return "stopped" if run.stop_file.exists() else "finished"
+
+    def _trainer(self, run: RunDir, entry: str) -> Any:
+        from ray.train import FailureConfig, ScalingConfig
+        from ray.train import RunConfig as RayRunConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        return TorchTrainer(
+            _ray_train_worker,
+            train_loop_config={"run_dir": str(run.path), "entry": entry},
+            scaling_config=ScalingConfig(
+                num_workers=self.world_size,
+                use_gpu=self.use_gpu,
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.use_gpu else {}),
+            ),
+            torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
+            run_config=RayRunConfig(
+                name="ray_train",
+                storage_path=str(run.path),
+                # Restarting is ours, from our own checkpoints.
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+
+
 class _RankActor:
     """One rank's process."""
 
@@ -241,15 +315,16 @@ def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    if cluster.kind == "local":
+        # Keeps other users of the machine from submitting code to our ranks. Ray reads it when it is imported.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
     try:
         if cluster.kind == "ray":
             ray.init(address=cluster.address or "auto", log_to_driver=False, logging_level="error")
         else:
-            # A cluster that happens to run on this host is not ours, and its users are not ours either: "local"
-            # starts a new one, and the token keeps other users of the machine from submitting code to it.
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+            # "local" starts a new one: a cluster that happens to run on this host is not ours.
             ray.init(
                 address="local",
                 num_cpus=world_size + 1,
@@ -262,51 +337,6 @@ def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
         target = f"the Ray cluster at {cluster.address}" if cluster.kind == "ray" else "a Ray on this machine"
         raise UserError(f"cannot use {target}: {type(error).__name__}: {error}") from error
-
-
-def run_with_ray_train(
-    config: RunConfig, run: RunDir, entry: str, *, use_gpu: bool, on_poll: Callable[[], None]
-) -> RankOutcome:
-    """Run the same worker function under Ray Train's TorchTrainer; Ray must be connected.
-
-    Raises:
-        RankError: a rank died or raised.
-    """
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    ranks_per_node = config.cluster.ranks_per_node
-    assert ranks_per_node is not None, "the cluster is resolved before launch"
-    trainer = TorchTrainer(
-        _ray_train_worker,
-        train_loop_config={"run_dir": str(run.path), "entry": entry},
-        scaling_config=ScalingConfig(
-            num_workers=config.cluster.num_nodes * ranks_per_node,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1} | ({"GPU": 1} if use_gpu else {}),
-        ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RayRunConfig(
-            name="ray_train", storage_path=str(run.path), failure_config=FailureConfig(max_failures=0)
-        ),
-    )
-    errors: list[Exception] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=fit, name="ray-train")
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        on_poll()
-    if errors:
-        raise first_failure(run, getattr(errors[0], "worker_failures", None) or {0: errors[0]}) from None
-    return "stopped" if run.stop_file.exists() else "finished"
 
 
 def _ray_train_worker(loop: dict[str, str]) -> None:

@@ -19,9 +19,11 @@ from data.stream import Stream
 from parallel import device
 from parallel.engine import Engine, StepResult, TensorSource
 from parallel.loss import CrossEntropy
-from train.checkpoint import Checkpoint, Provenance, Saver
+from train.checkpoint import Checkpoint, checkpoint_name
+from train.manifest import Provenance
 from train.metrics import MetricsWriter
 from train.resume import newest_intact
+from train.saver import Saver
 from train.schedule import learning_rate
 from train.scores import DocumentScores
 from train.worker import RankContext, RankOutcome
@@ -109,7 +111,7 @@ class TrainingLoop:
             FloatingPointError: the loss is not finite; the newest checkpoint is from before.
             CheckpointError: a checkpoint could not be read or written.
         """
-        training, started = self.job.training, time.monotonic()
+        training = self.job.training
         step = self.restore()
         self.record(
             "stage_started",
@@ -132,7 +134,6 @@ class TrainingLoop:
                 if stopped and not last:
                     break
         self.saver.wait()
-        self.record("stage_ended", seconds=time.monotonic() - started)
         return ("stopped" if stopped and step < training.num_steps else "finished"), self.checkpoint_path(step)
 
     def restore(self) -> int:
@@ -232,7 +233,7 @@ class TrainingLoop:
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
-        return self.checkpoints / f"step-{step:08d}"
+        return self.checkpoints / checkpoint_name(step)
 
     def asked_to_stop(self) -> bool:
         """Whether somebody touched STOP; only rank 0 looks, a few times a second, and the step tells the others."""

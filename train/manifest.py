@@ -1,4 +1,8 @@
-"""What a checkpoint says about itself: its manifest, and the table of pieces beside each tensor file. JSON, no torch."""
+"""What a checkpoint says about itself: its manifest, and the table of pieces beside each tensor file. JSON, no torch.
+
+Decoding is strict. A field added to anything below, ModelConfig and EngineConfig included, needs a new FORMAT_VERSION
+and a line in `decode_manifest` that says what older manifests meant.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,23 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
-from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from conf.errors import CheckpointError
+from conf.schema import EngineConfig, ModelConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 MANIFEST = "manifest.json"
 
 HalfName = Literal["weights", "resume"]
-Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\Z")]
+DtypeCode = Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A name that could leave the checkpoint's directory does not fit the pattern.
-FileName = Annotated[str, Field(pattern=r"\A(weights|resume)/rank-[0-9]{5,}\.safetensors\Z")]
+FileName = Annotated[str, Field(pattern=r"^(weights|resume)/rank-[0-9]{5,}\.safetensors$")]
 Size = Annotated[int, Field(ge=0)]
 Indices = tuple[Size, ...]
 T = TypeVar("T")
@@ -39,34 +46,28 @@ class Parent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointInfo:
-    """Where in which training a checkpoint was taken. The same on every rank.
+class Provenance:
+    """Where a checkpoint comes from. The same on every rank and for every checkpoint of a stage.
 
     Attributes:
         run: name of the run.
-        stage: name of the stage.
         recipe: name of the recipe.
-        model: the ModelConfig, by field.
-        engine: the EngineConfig that wrote it, by field.
-        mesh: size of each axis of the mesh that wrote it.
-        step: optimizer steps completed in the stage.
-        samples_consumed: position of the data stream.
-        tokens: trained on in the stage.
-        data: identity of the data: whatever must be equal for `samples_consumed` to mean the same samples.
+        stage: name of the stage.
+        model: shape of the model.
+        engine: how it was spread when this was written; any layout reads it.
+        tokenizer: sha256 of the tokenizer: what token ids mean.
+        data: source -> identity of its prepared data: what sample numbers mean.
         parents: lineage, nearest first; empty for fresh weights.
     """
 
     run: str
-    stage: str
     recipe: str
-    model: dict[str, JsonValue]
-    engine: dict[str, JsonValue]
-    mesh: dict[str, int]
-    step: Size
-    samples_consumed: Size
-    tokens: Size
-    data: dict[str, JsonValue]
-    parents: tuple[Parent, ...] = ()
+    stage: str
+    model: ModelConfig
+    engine: EngineConfig
+    tokenizer: str
+    data: dict[str, str]
+    parents: tuple[Parent, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +86,7 @@ class StoredPiece:
     """
 
     name: str
-    dtype: str
+    dtype: DtypeCode
     global_shape: Indices
     offset: Indices
     shape: Indices
@@ -118,7 +119,7 @@ class StoredFile:
 class StoredTensor:
     """A logical tensor, and the numbers of the files that hold pieces of it."""
 
-    dtype: str
+    dtype: DtypeCode
     shape: Indices
     files: Indices
 
@@ -141,12 +142,21 @@ class Manifest:
     """The whole of a checkpoint, but for the piece tables.
 
     Attributes:
+        step: optimizer steps completed in the stage.
+        samples: consumed by the stage: the position of its data stream.
+        tokens: trained on in the stage.
         saved_at: unix seconds.
+        provenance: where it comes from.
+        weights: the model.
+        resume: what else training needs to go on as if it had not stopped.
     """
 
     format_version: Literal[1]
-    info: CheckpointInfo
+    step: Size
+    samples: Size
+    tokens: Size
     saved_at: float
+    provenance: Provenance
     weights: Half
     resume: Half
 
@@ -188,7 +198,7 @@ def decode_manifest(text: bytes, path: Path) -> tuple[Manifest, str]:
         raise CheckpointError(f"{path} has format version {version}; this version reads {FORMAT_VERSION}.")
     if digest != hashlib.sha256(_canonical(body)).hexdigest():
         raise CheckpointError(f"{path} is damaged: its contents do not have the digest it ends with; use an older one.")
-    return _decode(Manifest, _canonical(body), path), digest
+    return _decode(_manifests(), _canonical(body), path), digest
 
 
 def encode_table(table: PieceTable) -> bytes:
@@ -202,11 +212,11 @@ def decode_table(text: bytes, path: Path) -> PieceTable:
     Raises:
         CheckpointError: it is not a piece table.
     """
-    return _decode(PieceTable, text, path)
+    return _decode(_tables(), text, path)
 
 
 def write_durably(path: Path, contents: bytes) -> None:
-    """The file appears under its name at once and whole, and survives a power cut.
+    """The file appears under its name at once and whole; `sync_directory` then makes the name durable as well.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
@@ -221,7 +231,6 @@ def write_durably(path: Path, contents: bytes) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -237,9 +246,19 @@ def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _decode(kind: type[T], text: bytes, path: Path) -> T:
+def _decode(adapter: TypeAdapter[T], text: bytes, path: Path) -> T:
     try:
-        return TypeAdapter(kind).validate_json(text, strict=True)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise CheckpointError(f"{path} does not fit the format: {faults}") from error
+
+
+@cache
+def _manifests() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
+
+
+@cache
+def _tables() -> TypeAdapter[PieceTable]:
+    return TypeAdapter(PieceTable)

@@ -266,7 +266,7 @@ class Follower:
             return []
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return list(_records(complete))
+        return list(records_in(complete))
 
 
 def read(path: Path) -> list[Record]:
@@ -275,7 +275,18 @@ def read(path: Path) -> list[Record]:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    return list(_records(path.read_bytes()))
+    return list(records_in(path.read_bytes()))
+
+
+def records_in(data: bytes) -> Iterator[Record]:
+    """Records in the bytes of a record file. Lines torn by a full disk or a kill are left out."""
+    for line in data.splitlines():
+        try:
+            record = json.loads(line, object_hook=_decoded)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "kind" in record:
+            yield cast(Record, record)
 
 
 def steps_of(records: Iterable[Record], stage: str) -> list[Step]:
@@ -324,16 +335,6 @@ def _fields_by_kind() -> dict[str, frozenset[str]]:
         hints = get_type_hints(record_type)
         fields[get_args(hints["kind"])[0]] = frozenset(hints.keys() - {"kind", "time"})
     return fields
-
-
-def _records(data: bytes) -> Iterator[Record]:
-    for line in data.splitlines():
-        try:
-            record = json.loads(line, object_hook=_decoded)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "kind" in record:
-            yield cast(Record, record)
 
 
 def _finite(value: object) -> object:

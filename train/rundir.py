@@ -1,16 +1,16 @@
 """A run is a directory; everything about one execution is a file in it.
 
-    RUNS/business_module-20260131-142501-3f9a/
-      config.json          exactly the RunConfig every process reads
-      datasets.json        source -> prepared dataset
-      metrics.jsonl        the record (train/metrics.py)
-      status.json          running, stopped, failed or finished
-      lock                 held by the one driver that works on the run
-      STOP                 touch it: the run saves and stops
-      stages/NAME/checkpoints/step-00000120/     (train/checkpoint.py)
-      stages/NAME/result.json                    written last: the stage is done, and where its model is
-      export/              the Hugging Face directory
-      logs/, failures/, wandb/, report.html
+RUNS/business_module-20260131-142501-3f9a/
+  config.json          exactly the RunConfig every process reads
+  datasets.json        source -> prepared dataset
+  metrics.jsonl        the record (train/metrics.py)
+  status.json          running, stopped, failed or finished
+  lock                 held by the one driver that works on the run
+  STOP                 touch it: the run saves and stops
+  stages/NAME/checkpoints/step-00000120/     (train/checkpoint.py)
+  stages/NAME/result.json                    written last: the stage is done, and where its model is
+  export/              the Hugging Face directory
+  logs/, failures/, wandb/, report.html
 """
 
 from __future__ import annotations

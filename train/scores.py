@@ -39,9 +39,11 @@ class DocumentScores:
         """Add up rows (windows of documents); rows of document -1 are padding."""
         kept = document_R >= 0
         _, which = np.unique(document_R[kept], return_inverse=True)
-        sums = [np.bincount(which, weights=row[kept]) for row in (loss_R, correct_R, num_tokens_R)]
-        counted = sums[2] > 0
-        return cls(loss_D=sums[0][counted], correct_D=sums[1][counted], num_tokens_D=sums[2][counted])
+        loss_D, correct_D, num_tokens_D = (
+            np.bincount(which, weights=row[kept]).astype(np.float64) for row in (loss_R, correct_R, num_tokens_R)
+        )
+        counted = num_tokens_D > 0
+        return cls(loss_D=loss_D[counted], correct_D=correct_D[counted], num_tokens_D=num_tokens_D[counted])
 
     @property
     def num_documents(self) -> int:

@@ -7,12 +7,14 @@ The order keeps every piece aligned to its element size; safetensors allows no p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +24,9 @@ from torch import Tensor
 from conf.errors import CheckpointError
 from parallel.engine import Piece
 from train.box import Box
-from train.manifest import PieceTable, StoredPiece
+from train.manifest import DtypeCode, PieceTable, StoredPiece
 
-DTYPE_CODES = {
+DTYPE_CODES: dict[torch.dtype, DtypeCode] = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -101,7 +103,7 @@ def write_file(root: Path, staged: StagedFile) -> PieceTable:
     Raises:
         CheckpointError: it cannot be written; names file and reason. What was written of it is left to the caller.
     """
-    contents = memoryview(staged.data.numpy())
+    contents = staged.data.numpy().data
     with ThreadPoolExecutor(1) as hasher:
         digests = hasher.map(
             lambda piece: _sha256(contents[piece.begin : piece.begin + piece.num_bytes]), staged.pieces
@@ -126,6 +128,13 @@ class TensorFile:
         self.table = table
         self._is_header_verified = False
         self._verified: set[StoredPiece] = set()
+        self._pieces: dict[str, list[StoredPiece]] = {}
+        for piece in table.pieces:
+            self._pieces.setdefault(piece.name, []).append(piece)
+
+    def pieces_of(self, name: str) -> list[StoredPiece]:
+        """The boxes of a logical tensor that are in this file."""
+        return self._pieces.get(name, [])
 
     def read(self, piece: StoredPiece, box: Box) -> Tensor:
         """The part of a piece that `box` (inside it, not empty) asks for, shaped like the box.
@@ -133,26 +142,23 @@ class TensorFile:
         Raises:
             CheckpointError: the file is missing, truncated, or its bytes are not those that were saved.
         """
-        dtype = _dtype(piece, self.path)
-        held = Box(piece.offset, piece.shape)
-        try:
-            descriptor = self._open()
-            try:
-                if not self._is_header_verified:
-                    self._verify_header(descriptor)
-                if piece not in self._verified:
-                    data = _read(descriptor, piece.begin, piece.num_bytes)
-                    self._verify(piece, _sha256(memoryview(data.numpy())))
-                    return data.view(dtype).view(piece.shape)[box.slices_in(held)]
-                rows = _rows(held, box)
-                row_bytes = piece.num_bytes // max(1, math.prod(held.shape[:1]))
-                begin = piece.begin + (rows.offset[0] - held.offset[0]) * row_bytes if rows.offset else piece.begin
-                data = _read(descriptor, begin, rows.num_elements * dtype.itemsize)
-                return data.view(dtype).view(rows.shape)[box.slices_in(rows)]
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error.strerror}. Use an older checkpoint.") from error
+        dtype = DTYPES[piece.dtype]
+        rows = _whole_rows(piece, box)
+        with self._opened() as descriptor:
+            if not self._is_header_verified:
+                self._refuse(self._header_fault(descriptor))
+                self._is_header_verified = True
+            if piece not in self._verified:
+                # Bytes are hashed as they are read, so what was checked is what is returned.
+                data, digest = _read(descriptor, piece.begin, piece.num_bytes)
+                self._refuse(self._piece_fault(piece, digest))
+                self._verified.add(piece)
+                rows = Box(piece.offset, piece.shape)
+            else:
+                skipped = math.prod(rows.offset[:1]) - math.prod(piece.offset[:1])
+                row_bytes = dtype.itemsize * math.prod(piece.shape[1:])
+                data = _read_range(descriptor, piece.begin + skipped * row_bytes, rows.num_elements * dtype.itemsize)
+        return data.view(dtype).view(rows.shape)[box.slices_in(rows)]
 
     def check_size(self) -> None:
         """Compare what the directory says with what was saved; no contents are read.
@@ -160,29 +166,154 @@ class TensorFile:
         Raises:
             CheckpointError: the file is missing or has another size.
         """
-        try:
-            os.close(self._open())
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error.strerror}. Use an older checkpoint.") from error
+        with self._opened():
+            pass
 
     def faults(self) -> list[str]:
-        """Compare every byte with its hash, in little memory; what is damaged, or nothing."""
-        found: list[str] = []
+        """Compare every byte with its hash, in little memory; a sentence for each damaged place."""
         try:
-            descriptor = self._open()
+            with self._opened() as descriptor:
+                pieces = (
+                    self._piece_fault(piece, _digest_of_range(descriptor, piece.begin, piece.num_bytes))
+                    for piece in self.table.pieces
+                )
+                return [fault for fault in (self._header_fault(descriptor), *pieces) if fault]
+        except CheckpointError as error:
+            return [str(error)]
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
             try:
-                for verify in (
-                    lambda: self._verify_header(descriptor),
-                    *(lambda piece=piece: self._verify_stored(descriptor, piece) for piece in self.table.pieces),
-                ):
-                    try:
-                        verify()
-                    except CheckpointError as error:
-                        found.append(str(error))
+                found = os.fstat(descriptor).st_size
+                if found != self.table.num_bytes:
+                    raise CheckpointError(f"{self.path} has {found} bytes and was saved with {self.table.num_bytes}")
+                yield descriptor
             finally:
                 os.close(descriptor)
         except OSError as error:
-            found.append(f"cannot read {self.path}: {error.strerror}")
-        except CheckpointError as error:
-            found.append(str(error))
-        return found
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def _header_fault(self, descriptor: int) -> str | None:
+        if _digest_of_range(descriptor, 0, self.table.header_bytes) == self.table.header_sha256:
+            return None
+        return f"{self.path}: the header is damaged (its bytes are not those that were saved)"
+
+    def _piece_fault(self, piece: StoredPiece, digest: str) -> str | None:
+        if digest == piece.sha256:
+            return None
+        box = Box(piece.offset, piece.shape)
+        return f"{self.path}: tensor {piece.name}{box} is damaged (its bytes are not those that were saved)"
+
+    @staticmethod
+    def _refuse(fault: str | None) -> None:
+        if fault:
+            raise CheckpointError(f"{fault}. Use an older checkpoint.")
+
+
+def _laid_out(pieces: Sequence[Piece]) -> list[StagedPiece]:
+    staged: list[StagedPiece] = []
+    begin = 0
+    for piece in pieces:
+        tensor, box = piece.tensor, Box(piece.offset, tuple(piece.tensor.shape))
+        if tensor.dtype not in DTYPE_CODES or not box.is_inside(piece.global_shape):
+            raise ValueError(f"{piece.name}{box} of {tensor.dtype} is no box of a tensor of shape {piece.global_shape}")
+        num_bytes = tensor.numel() * tensor.element_size()
+        staged.append(
+            StagedPiece(
+                name=piece.name,
+                dtype=tensor.dtype,
+                global_shape=piece.global_shape,
+                box=box,
+                begin=begin,
+                num_bytes=num_bytes,
+            )
+        )
+        begin += num_bytes
+    if len({piece.key for piece in staged}) < len(staged):
+        raise ValueError("a rank gave two pieces of one tensor that start at the same place")
+    return staged
+
+
+def _header(pieces: Sequence[StagedPiece]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for piece in pieces:
+        entries[piece.key] = {
+            "dtype": DTYPE_CODES[piece.dtype],
+            "shape": piece.box.shape,
+            "data_offsets": [piece.begin, piece.begin + piece.num_bytes],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _table(staged: StagedFile, digests: Sequence[str]) -> PieceTable:
+    return PieceTable(
+        file=staged.file,
+        num_bytes=len(staged.header) + staged.data.numel(),
+        header_bytes=len(staged.header),
+        header_sha256=_sha256(memoryview(staged.header)),
+        pieces=tuple(
+            StoredPiece(
+                name=piece.name,
+                dtype=DTYPE_CODES[piece.dtype],
+                global_shape=piece.global_shape,
+                offset=piece.box.offset,
+                shape=piece.box.shape,
+                begin=len(staged.header) + piece.begin,
+                num_bytes=piece.num_bytes,
+                sha256=digest,
+            )
+            for piece, digest in zip(staged.pieces, digests, strict=True)
+        ),
+    )
+
+
+def _whole_rows(piece: StoredPiece, box: Box) -> Box:
+    return Box((*box.offset[:1], *piece.offset[1:]), (*box.shape[:1], *piece.shape[1:]))
+
+
+def _sha256(contents: memoryview) -> str:
+    return hashlib.sha256(contents).hexdigest()
+
+
+def _write_all(descriptor: int, contents: memoryview) -> None:
+    while contents:
+        contents = contents[os.write(descriptor, contents[:_CHUNK_BYTES]) :]
+
+
+def _read(descriptor: int, begin: int, num_bytes: int) -> tuple[Tensor, str]:
+    data = torch.empty(num_bytes, dtype=torch.uint8)
+    digest = hashlib.sha256()
+    for chunk in _chunks_read(descriptor, begin, data.numpy().data):
+        digest.update(chunk)
+    return data, digest.hexdigest()
+
+
+def _read_range(descriptor: int, begin: int, num_bytes: int) -> Tensor:
+    data = torch.empty(num_bytes, dtype=torch.uint8)
+    for _ in _chunks_read(descriptor, begin, data.numpy().data):
+        pass
+    return data
+
+
+def _digest_of_range(descriptor: int, begin: int, num_bytes: int) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(num_bytes, _CHUNK_BYTES)))
+    end = begin + num_bytes
+    while begin < end:
+        for chunk in _chunks_read(descriptor, begin, buffer[: end - begin]):
+            digest.update(chunk)
+            begin += len(chunk)
+    return digest.hexdigest()
+
+
+def _chunks_read(descriptor: int, begin: int, target: memoryview) -> Iterator[memoryview]:
+    """Fill `target` from the file, yielding each part of it while it is still in the processor's cache."""
+    while target:
+        count = os.preadv(descriptor, [target[:_CHUNK_BYTES]], begin)
+        if count == 0:
+            raise OSError(errno.EIO, "the file ended early")
+        yield target[:count]
+        target, begin = target[count:], begin + count

@@ -1,4 +1,4 @@
-"""Corpora and the tokenizer that come with the project; `SOURCES.md` says where each text is from and why we may ship it."""
+"""Corpora and the tokenizer that come with the project; `SOURCES.md` says where each text is from."""
 
 from __future__ import annotations
 

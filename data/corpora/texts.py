@@ -149,7 +149,7 @@ def python_library(library: Path) -> Iterator[Text]:
         if folders & NOT_SOURCE or any(folder.startswith("config-") for folder in folders):
             continue
         text = path.read_text(encoding="utf-8")
-        if 1000 <= len(text) <= 45_000 and not GENERATED.search(text[:2000]):
+        if 1000 <= len(text) <= 60_000 and not GENERATED.search(text[:2000]):
             ast.parse(text)
             yield Text(f"python/{place.as_posix()}", text, "Python standard library")
 
@@ -164,7 +164,7 @@ def austen(package: Path) -> Iterator[Text]:
     for name, lines in zip(NOVELS, _r_character_vectors(stored), strict=True):
         if name not in NOVELS_USED:
             continue
-        text = "\n".join(line.rstrip() for line in lines)
+        text = "\n".join(line.rstrip() for line in lines).split("A NOTE ON THE TEXT")[0]
         chapters = re.split(r"(?im)^(?=chapter [0-9ivxlc]+\s*$)", text)[1:]
         for number, chapter in enumerate(chapters, 1):
             paragraphs = [re.sub(r"\s+", " ", part).strip() for part in re.split(r"\n\s*\n", chapter)]

@@ -1,0 +1,146 @@
+"""Causal attention on torch's fused kernels, exact under context parallelism.
+
+Shape suffixes: S tokens of this context rank, T tokens of the whole sequence, B rows, H query heads, G key-value heads,
+D head dim.
+
+Context ranks hold the sequence in zigzag order: it is cut into 2 x context chunks and rank r holds chunks r and
+2 x context - 1 - r, so that every rank attends to the same number of keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+HOPPER = 9
+
+
+class CausalAttention(torch.nn.Module):
+    """Megatron's core attention. Its own materialises the S x S scores and refuses context parallelism."""
+
+    def __init__(self, config: Any, *, pg_collection: Any, softmax_scale: float | None = None, **_: object) -> None:
+        """Build from Megatron's spec.
+
+        Args:
+            config: the TransformerConfig; dropout must be 0.
+            pg_collection: Megatron's groups, of which the context group is used.
+            softmax_scale: default 1/sqrt(head dim).
+            _: what Megatron passes to every core attention (layer number, mask type), fixed here.
+        """
+        super().__init__()
+        assert config.attention_dropout == 0.0, "nothing in a step draws random numbers"
+        self.group: dist.ProcessGroup = pg_collection.cp
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask: None, **_: object
+    ) -> Tensor:
+        """Attention of this rank's queries to all earlier tokens, shape (S, B, H x D)."""
+        assert attention_mask is None, "the mask is causal"
+        if self.group.size() == 1:
+            output_BHSD = attend_causally(
+                query_SBHD.permute(1, 2, 0, 3), key_SBGD.permute(1, 2, 0, 3), value_SBGD.permute(1, 2, 0, 3), self.scale
+            )
+        else:
+            output_BHSD = self._attend_across_ranks(query_SBHD, key_SBGD, value_SBGD)
+        return output_BHSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_across_ranks(self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+        key_value = all_gather(torch.cat((key_SBGD, value_SBGD), dim=-1), self.group)
+        chunks = key_value.chunk(2 * self.group.size())
+        key_value = torch.cat([chunks[place] for place in places_of_chunks(self.group.size())])
+        key_BGTD, value_BGTD = key_value.permute(1, 2, 0, 3).chunk(2, dim=-1)
+        query_BHSD = query_SBHD.permute(1, 2, 0, 3)
+        length = query_BHSD.size(2) // 2
+        outputs = [
+            attend_causally(query, key_BGTD[:, :, :end], value_BGTD[:, :, :end], self.scale)
+            for query, end in zip(
+                query_BHSD.chunk(2, dim=2),
+                [(chunk + 1) * length for chunk in chunks_of_rank(self.group.rank(), self.group.size())],
+                strict=True,
+            )
+        ]
+        return torch.cat(outputs, dim=2)
+
+
+def chunks_of_rank(rank: int, size: int) -> tuple[int, int]:
+    """Which of the 2 x size chunks of the sequence a context rank holds.
+
+    >>> [chunks_of_rank(rank, 2) for rank in range(2)]
+    [(0, 3), (1, 2)]
+    """
+    return rank, 2 * size - 1 - rank
+
+
+def places_of_chunks(size: int) -> list[int]:
+    """Where each chunk, in the order of the sequence, lies among the chunks of all context ranks in rank order.
+
+    >>> places_of_chunks(2)
+    [0, 2, 3, 1]
+    """
+    held = [chunk for rank in range(size) for chunk in chunks_of_rank(rank, size)]
+    return [held.index(chunk) for chunk in range(2 * size)]
+
+
+def attend_causally(query_BHSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scale: float) -> Tensor:
+    """Attention of S queries, the last of T tokens, to the keys that are not after them; query heads share keys."""
+    same_length = query_BHSD.size(2) == key_BGTD.size(2)
+    mask = None if same_length else causal_lower_right(query_BHSD.size(2), key_BGTD.size(2))
+    with _fastest_kernel(query_BHSD.device):
+        return scaled_dot_product_attention(
+            query_BHSD,
+            key_BGTD,
+            value_BGTD,
+            attn_mask=mask,
+            is_causal=same_length,
+            scale=scale,
+            enable_gqa=query_BHSD.size(1) != key_BGTD.size(1),
+        )
+
+
+@contextmanager
+def _fastest_kernel(device: torch.device) -> Iterator[None]:
+    # Measured on H100 at 8192 tokens: cuDNN 626 / 498 TFLOP/s forward / backward, FlashAttention-2 337 / 289.
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        yield
+        return
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    with sdpa_kernel(order, set_priority=True):
+        yield
+
+
+def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Concatenation of the ranks' tensors along dim 0; differentiable."""
+    return cast(Tensor, _AllGather.apply(tensor, group))  # type: ignore[no-untyped-call]
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate the ranks' tensors along dim 0; the gradient is the sum over ranks of this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = tensor.new_empty((group.size() * tensor.size(0), *tensor.shape[1:]))
+        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        part = gradient.new_empty((gradient.size(0) // ctx.group.size(), *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(part, gradient.contiguous(), group=ctx.group)
+        return part, None

@@ -1,0 +1,137 @@
+"""Megatron-core on a machine without CUDA. The only file that knows there may be none; with CUDA it changes nothing.
+
+Megatron-core 0.16.1 takes the accelerator for granted: it allocates on `device="cuda"`, asks `torch.cuda` for random
+states and compares type names with `torch.cuda.FloatTensor`. Rather than patch torch for everybody, each of its modules
+is given a torch of its own in which the accelerator is the CPU; the torch of the rest of the process stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.overrides import TorchFunctionMode
+
+from parallel.attention import chunks_of_rank
+
+CPU = torch.device("cpu")
+FACTORIES = ("tensor", "empty", "zeros", "ones", "full")
+
+
+def adapt_megatron() -> None:
+    """Make those modules of Megatron-core that are imported by now run on the CPU; does nothing with CUDA."""
+    if torch.cuda.is_available():
+        return
+    substitute = _CpuTorch()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.__dict__["torch"] = substitute
+            _undo_compilation(module)
+            if name in SPECIAL_CARE:
+                SPECIAL_CARE[name](module)
+
+
+def types_as_on_cuda() -> AbstractContextManager[object]:
+    """While open, `tensor.type()` names CUDA types: Megatron's optimizers sort parameters by that name when built."""
+    return nullcontext() if torch.cuda.is_available() else _CudaTypeNames()
+
+
+class _CpuTorch(ModuleType):
+    """torch, except that its accelerator is the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.__dict__.update(torch.__dict__)
+        for name in FACTORIES:
+            self.__dict__[name] = _on_cpu(getattr(torch, name))
+        self.__dict__["cuda"] = _CpuCuda()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)  # what torch itself loads lazily
+
+
+class _CpuCuda(ModuleType):
+    """torch.cuda with one device, the CPU, whose work is always done and whose generator is torch's default one."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        self.__dict__.update(torch.cuda.__dict__)
+        self.current_device: Callable[..., torch.device] = lambda: CPU
+        self.synchronize: Callable[..., None] = lambda device=None: None
+        self.manual_seed: Callable[[int], object] = torch.manual_seed
+        self.get_rng_state: Callable[..., Tensor] = lambda device=None: torch.get_rng_state()
+        self.set_rng_state: Callable[..., None] = lambda state, device=None: torch.set_rng_state(state)
+        self.random: _CpuCuda = self
+
+
+class _CudaTypeNames(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.")
+        return result
+
+
+def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _undo_compilation(module: ModuleType) -> None:
+    # Small element-wise functions are decorated with torch.compile: seconds of C++ compiler in every rank.
+    for name, value in list(vars(module).items()):
+        original = getattr(value, "_torchdynamo_orig_callable", None)
+        if callable(value) and original is not None:
+            setattr(module, name, original)
+
+
+def _use_cpu_random_state(module: Any) -> None:
+    # Its own setter goes through torch.cuda.default_generators, which are empty.
+    module._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # It warns when code for the accelerator moved the CPU's generator, which here is the point.
+    logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _slice_rotary_angles(module: Any) -> None:
+    # Its own makes indices in pinned memory and moves them with `.cuda()`.
+    def angles_of_context_rank(angles: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        chunks = angles.chunk(2 * group.size(), dim=dim)
+        return torch.cat([chunks[chunk] for chunk in chunks_of_rank(group.rank(), group.size())], dim=dim)
+
+    module.get_pos_emb_on_this_cp_rank = angles_of_context_rank
+
+
+def _keep_sent_tensors(module: Any) -> None:
+    # gloo reads the buffer after isend has returned, and Megatron frees it (`deallocate_output_tensor`) before it
+    # waits: silently wrong activations. A detached alias keeps the storage as long as the request.
+    send_and_receive = module._p2p_ops
+
+    @functools.wraps(send_and_receive)
+    def keep_and_send(**kwargs: Any) -> Any:
+        for name in ("tensor_send_prev", "tensor_send_next"):
+            if kwargs[name] is not None:
+                kwargs[name] = kwargs[name].detach()
+        return send_and_receive(**kwargs)
+
+    module._p2p_ops = keep_and_send
+
+
+SPECIAL_CARE = {
+    "megatron.core.tensor_parallel.random": _use_cpu_random_state,
+    "megatron.core.models.common.embeddings.rotary_pos_embedding": _slice_rotary_angles,
+    "megatron.core.pipeline_parallel.p2p_communication": _keep_sent_tensors,
+}

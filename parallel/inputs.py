@@ -1,0 +1,51 @@
+"""From a batch of the data stream to tensors on this rank's device.
+
+Shape suffixes: B rows, S tokens of this context rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from parallel.attention import chunks_of_rank
+from parallel.mesh import Coordinate, Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One micro-batch on the device; see `Batch`."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    loss_mask_BS: Tensor
+    position_ids_BS: Tensor
+
+
+def inputs_of_rank(batch: Batch, mesh: Mesh, coordinate: Coordinate, device: torch.device) -> Inputs:
+    """This context rank's part of a micro-batch, on the device.
+
+    Raises:
+        ValueError: positions are not 0, 1, 2 ... in every row; rotary angles are made from the place in the row.
+    """
+    if not (batch.position_ids_BS == np.arange(batch.tokens_BS.shape[1])).all():
+        raise ValueError("positions of a row must be 0, 1, 2 ...: attention and rotary angles run over the whole row")
+
+    def place(array: npt.NDArray[np.generic]) -> Tensor:
+        if mesh.context > 1:
+            chunks = np.split(array, 2 * mesh.context, axis=1)
+            array = np.concatenate([chunks[held] for held in chunks_of_rank(coordinate.context, mesh.context)], axis=1)
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return Inputs(
+        tokens_BS=place(batch.tokens_BS),
+        labels_BS=place(batch.labels_BS),
+        loss_mask_BS=place(batch.loss_mask_BS),
+        position_ids_BS=place(batch.position_ids_BS),
+    )

@@ -1,0 +1,323 @@
+"""The Megatron-core engine: its schedules, DDP and optimizers behind the `Engine` protocol."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from conf.schema import EngineConfig, ModelConfig, OptimConfig
+from data.batch import Batch
+from parallel import device, weight_names
+from parallel.boxes import Box, share_of_replica
+from parallel.cpu import adapt_megatron
+from parallel.engine import LossSums, Objective, Piece, RowScores, StepResult, TensorSource
+from parallel.groups import megatron_coordinate
+from parallel.inputs import Inputs, inputs_of_rank
+from parallel.loss import score_tokens
+from parallel.mesh import Mesh
+from parallel.model import build_chunks, first_layer_of
+from parallel.optimizer import OptimizerShard, ShardedAdam
+from parallel.state import pieces_of, read_range
+
+MASTER = "master/"
+# At most Megatron's default; at least so many buckets a chunk that a reduction can overlap with computation.
+LARGEST_BUCKET = 40_000_000
+BUCKETS_TO_OVERLAP = 8
+
+
+class MegatronEngine:
+    """See `Engine`. Megatron's groups must be those of the mesh (`groups.enter_mesh`) as long as the engine is used."""
+
+    def __init__(
+        self, model: ModelConfig, engine: EngineConfig, optim: OptimConfig | None, mesh: Mesh, *, micro_batch: int
+    ) -> None:
+        adapt_megatron()
+        self.mesh = mesh
+        self.coordinate = mesh.coordinate(dist.get_rank())
+        assert self.coordinate == megatron_coordinate(), "Megatron's groups are of another mesh"
+        self.num_parameters = weight_names.num_parameters(model)
+        self._engine = engine
+        self._optim = optim
+        self._micro_batch = micro_batch
+        self._device = device.this_device()
+        self._tensor_group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        self._is_last = self.coordinate.pipeline == mesh.pipeline - 1
+        self._chunks = build_chunks(model, engine, mesh)
+        self._parameters = dict(self._named_boxes(model))
+        self._models: list[Any] = self._chunks
+        self._adam: ShardedAdam | None = None
+        if optim is None:
+            for parameter in self._parameters:
+                parameter.requires_grad_(False)
+        else:
+            self._models = self._wrap_chunks()
+            self._adam = ShardedAdam(self._models, engine, optim)
+
+    def _named_boxes(self, model: ModelConfig) -> Iterator[tuple[Tensor, tuple[Box, ...]]]:
+        for chunk in self._chunks:
+            for name, parameter in chunk.named_parameters():
+                boxes = weight_names.boxes_of_parameter(
+                    model,
+                    name,
+                    first_layer=first_layer_of(chunk),
+                    tensor_rank=self.coordinate.tensor,
+                    tensor_size=self.mesh.tensor,
+                )
+                assert sum(box.num_elements for box in boxes) == parameter.numel(), name
+                # Megatron marks what is sliced over tensor ranks only where it initialises weights itself; unmarked
+                # parameters would count once in the gradient norm instead of once a tensor rank.
+                parameter.tensor_model_parallel = boxes[0].shape != boxes[0].global_shape
+                yield parameter, boxes
+
+    def _wrap_chunks(self) -> list[Any]:
+        engine = self._engine
+        config = self._chunks[0].config
+        models = []
+        for index, chunk in enumerate(self._chunks):
+            num_elements = sum(parameter.numel() for parameter in chunk.parameters())
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=engine.overlap,
+                overlap_param_gather=engine.overlap and engine.distributed_optimizer,
+                use_distributed_optimizer=engine.distributed_optimizer,
+                bucket_size=min(LARGEST_BUCKET, -(-num_elements // BUCKETS_TO_OVERLAP)),
+            )
+            models.append(DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0))
+        config.finalize_model_grads_func = _reduce_gradients
+        if engine.overlap:
+            no_sync = [model.no_sync for model in models]
+            config.no_sync_func = no_sync if len(models) > 1 else no_sync[0]
+        return models
+
+    def step(
+        self, micro_batches: Sequence[Batch], objective: Objective, *, learning_rate: float, stop: bool = False
+    ) -> StepResult:
+        """See `Engine.step`."""
+        assert self._adam is not None and self._optim is not None, "an engine without optim only scores"
+        for model in self._models:
+            model.zero_grad_buffer()
+        self._adam.zero_gradients()
+        sums: list[LossSums] = self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
+        names = objective.metric_names
+        total = torch.zeros(4 + len(names), dtype=torch.float64, device=self._device)
+        squares = self._adam.gather_gradients()
+        if self._adam.distributed or self._replica == 0:
+            total[0] = squares
+        total[1] = float(stop)
+        if self._is_last and self.coordinate.tensor == 0:
+            for part in sums:
+                values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
+                total[2:] += torch.stack([value.double() for value in values])
+        dist.all_reduce(total)
+        squared_norm, asked_to_stop, loss, num_tokens, *metrics = total.tolist()
+        if num_tokens == 0:
+            raise ValueError("the global batch has no counted token")
+        result = StepResult(
+            loss=loss / num_tokens,
+            grad_norm=squared_norm**0.5 / num_tokens,
+            num_tokens=round(num_tokens),
+            metrics={name: value / num_tokens for name, value in zip(names, metrics, strict=True)},
+            stop=asked_to_stop > 0,
+        )
+        _check_finite(result)
+        limit = self._optim.clip_grad_norm
+        clip = min(1.0, limit / (result.grad_norm + 1e-6)) if limit > 0 else 1.0
+        self._adam.step(gradient_scale=clip / num_tokens, learning_rate=learning_rate)
+        return result
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[Batch]) -> RowScores:
+        """See `Engine.score`."""
+        for model in self._models:
+            model.eval()  # no activation recomputation
+        # The interleaved schedule takes multiples of the pipeline size; what is added is dropped again.
+        virtual = self._engine.mesh.virtual_pipeline > 1
+        padding = -len(micro_batches) % self.mesh.pipeline if virtual else 0
+        padded = [*micro_batches, *[micro_batches[-1]] * padding]
+        rows: list[Tensor] = self._run(padded, partial(_row_scores, self._tensor_group), forward_only=True)
+        for model in self._models:
+            model.train()
+
+        num_rows = len(micro_batches) * self._micro_batch
+        table = torch.zeros(self.mesh.data, num_rows, 3, dtype=torch.float64, device=self._device)
+        ids = torch.zeros(self.mesh.data, num_rows, dtype=torch.int64, device=self._device)
+        mine = self.coordinate.data
+        if self._is_last and self.coordinate.tensor == 0:
+            table[mine] = torch.cat(rows)[:num_rows]  # a context rank's part of the sequence
+            if self.coordinate.context == 0:
+                ids[mine] = torch.cat([torch.from_numpy(batch.sample_ids_B) for batch in micro_batches])
+        dist.all_reduce(table)
+        dist.all_reduce(ids)
+        loss_B, correct_B, num_tokens_B = table.view(-1, 3).unbind(1)
+        return RowScores(sample_ids_B=ids.view(-1), loss_B=loss_B, correct_B=correct_B, num_tokens_B=num_tokens_B)
+
+    def _run(
+        self,
+        micro_batches: Sequence[Batch],
+        loss: Callable[[Inputs, Tensor], Any],
+        *,
+        forward_only: bool = False,
+    ) -> list[Any]:
+        """Put micro-batches through Megatron's schedule.
+
+        Returns:
+            On the last pipeline rank what `loss` returned third for each micro-batch; else nothing.
+        """
+        self._check_shapes(micro_batches)
+        inputs = [inputs_of_rank(batch, self.mesh, self.coordinate, self._device) for batch in micro_batches]
+        virtual = self._engine.mesh.virtual_pipeline
+
+        def forward(iterator: Iterator[Inputs], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            given = next(iterator)
+            return model(given.tokens_BS, given.position_ids_BS, None), partial(loss, given)
+
+        schedule = get_forward_backward_func(self.mesh.pipeline, virtual if virtual > 1 else None)
+        outputs: list[Any] = schedule(
+            forward_step_func=forward,
+            data_iterator=[iter(inputs) for _ in range(virtual)],
+            model=self._models,
+            num_microbatches=len(inputs),
+            seq_length=micro_batches[0].tokens_BS.shape[1],
+            micro_batch_size=self._micro_batch,
+            forward_only=forward_only,
+        )
+        return outputs
+
+    def _check_shapes(self, micro_batches: Sequence[Batch]) -> None:
+        shapes = {batch.tokens_BS.shape for batch in micro_batches}
+        if len(shapes) != 1:
+            raise ValueError(f"micro-batches of a step have one shape, and there is at least one; got {sorted(shapes)}")
+        num_rows, num_tokens = shapes.pop()
+        if num_rows != self._micro_batch:
+            raise ValueError(f"micro-batches have {num_rows} rows; this engine was made for {self._micro_batch}")
+        parts = (2 * self.mesh.context if self.mesh.context > 1 else 1) * (
+            self.mesh.tensor if self._engine.sequence_parallel else 1
+        )
+        if num_tokens % parts:
+            raise ValueError(f"rows have {num_tokens} tokens, which must be a multiple of {parts} ({self.mesh})")
+
+    def weights(self) -> Iterator[Piece]:
+        """See `Engine.weights`."""
+        if self._adam is not None and self._adam.distributed:
+            # With overlap the updated shards are gathered only in the next forward pass.
+            for model in self._models:
+                model.start_param_sync(force_sync=True)
+        return self._weight_pieces()
+
+    def _weight_pieces(self) -> Iterator[Piece]:
+        saved = [parameter for parameter in self._parameters if self._saves(parameter)]
+        for parameter, (start, stop) in zip(saved, self._share(saved), strict=True):
+            yield from pieces_of(parameter.detach().view(-1)[start:stop], self._parameters[parameter], start)
+
+    @torch.no_grad()
+    def load_weights(self, source: TensorSource) -> None:
+        """See `Engine.load_weights`."""
+        apart = self._adam is not None and self._engine.precision == "bf16"
+        shards = {shard.parameter: shard for shard in self._shards()} if apart else {}
+        for parameter, boxes in self._parameters.items():
+            values = read_range(source, boxes, 0, parameter.numel())
+            parameter.copy_(values.view_as(parameter))
+            if parameter in shards:
+                shard = shards[parameter]
+                shard.main.copy_(values[shard.start : shard.stop].view_as(shard.main))
+
+    def optimizer_state(self) -> Iterator[Piece]:
+        """See `Engine.optimizer_state`."""
+        assert self._adam is not None, "an engine without optim has no optimizer"
+        shards = [shard for shard in self._shards() if self._saves(shard.parameter)]
+        if self._adam.distributed:
+            ranges = [(0, shard.main.numel()) for shard in shards]
+        else:
+            ranges = self._share([shard.main for shard in shards])
+        for shard, (start, stop) in zip(shards, ranges, strict=True):
+            for prefix, values in self._state_of(shard):
+                part = values.detach().view(-1)[start:stop]
+                yield from pieces_of(part, self._parameters[shard.parameter], shard.start + start, prefix=prefix)
+
+    @torch.no_grad()
+    def load_optimizer_state(self, source: TensorSource, *, num_steps: int) -> None:
+        """See `Engine.load_optimizer_state`."""
+        assert self._adam is not None, "an engine without optim has no optimizer"
+        for shard in self._shards():
+            for prefix, values in self._state_of(shard):
+                flat = read_range(source, self._parameters[shard.parameter], shard.start, shard.stop, prefix=prefix)
+                values.copy_(flat.view_as(values))
+        self._adam.set_num_steps(num_steps)
+
+    def _state_of(self, shard: OptimizerShard) -> list[tuple[str, Tensor]]:
+        """What a resume needs of a shard besides the weights, by prefix of its canonical name."""
+        state = [(f"{name}/", moment) for name, moment in shard.moments.items()]
+        return [*state, (MASTER, shard.main)] if self._engine.precision == "bf16" else state
+
+    def _shards(self) -> list[OptimizerShard]:
+        return [] if self._adam is None else list(self._adam.shards())
+
+    def _saves(self, parameter: Any) -> bool:
+        """Whether this rank is among those that save a parameter which others hold as well."""
+        is_tied_copy = getattr(parameter, "shared", False)
+        return not is_tied_copy and (parameter.tensor_model_parallel or self.coordinate.tensor == 0)
+
+    def _share(self, tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+        sizes = [tensor.numel() for tensor in tensors]
+        return share_of_replica(sizes, self._replica, self.mesh.data * self.mesh.context)
+
+    @property
+    def _replica(self) -> int:
+        """Place among the ranks that hold the same weights: data and context ranks."""
+        return self.coordinate.data * self.mesh.context + self.coordinate.context
+
+    def peak_memory_bytes(self) -> int:
+        """See `Engine.peak_memory_bytes`."""
+        return device.peak_memory_bytes()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._adam = None
+        self._models, self._chunks, self._parameters = [], [], {}
+        RotaryEmbedding.forward.cache_clear()  # keeps the last models' rotary modules alive
+        gc.collect()  # hooks and parameters refer to each other
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _reduce_gradients(models: Sequence[Any], num_tokens: Tensor | None, **options: Any) -> None:
+    # Without the count: the engine divides by the global count when it has it, in one pass with clipping.
+    finalize_model_grads(models, None, **options)
+
+
+def _training_loss(
+    objective: Objective, group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor
+) -> tuple[Tensor, Tensor, LossSums]:
+    sums = objective(logits_BSV, inputs.labels_BS, inputs.loss_mask_BS, group)
+    # Pipeline schedules free the loss they are given; what is reported must have its own hold of the value.
+    return sums.loss, sums.num_tokens.int(), replace(sums, loss=sums.loss.detach())
+
+
+def _row_scores(group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = score_tokens(logits_BSV, inputs.labels_BS, group)
+    mask_BS = inputs.loss_mask_BS.double()
+    rows_B3 = torch.stack(
+        [(values * mask_BS).sum(dim=1) for values in (tokens.loss_BS, tokens.correct_BS, torch.ones_like(mask_BS))],
+        dim=1,
+    )
+    return tokens.loss_BS.sum(), mask_BS.sum().int(), rows_B3
+
+
+def _check_finite(result: StepResult) -> None:
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise FloatingPointError(
+            f"loss {result.loss}, gradient norm {result.grad_norm} over {result.num_tokens} tokens: not finite; "
+            "the step was not taken"
+        )

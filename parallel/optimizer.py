@@ -1,0 +1,136 @@
+"""Megatron's optimizers around our Adam: full parameters, or flat shards of them (the distributed optimizer).
+
+Under both, and in both precisions, Adam works on float32 tensors that are a range of the elements of a model parameter;
+`OptimizerShard` says which, and that is all that saving and loading needs to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from torch import Tensor
+
+from conf.schema import EngineConfig, OptimConfig
+from parallel import adam
+from parallel.cpu import types_as_on_cuda
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerShard:
+    """What Adam updates in one piece.
+
+    Attributes:
+        parameter: the model's parameter.
+        start: first of the flattened parameter's elements that are in the shard.
+        main: float32 values of those elements, of any shape; shares the parameter's memory in fp32.
+        moments: Adam's state by name, shaped like `main`.
+    """
+
+    parameter: Tensor
+    start: int
+    main: Tensor
+    moments: dict[str, Tensor]
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + self.main.numel()
+
+
+class ShardedAdam:
+    """AdamW over the wrapped (DDP) chunks of a model."""
+
+    def __init__(self, chunks: Sequence[Any], engine: EngineConfig, optim: OptimConfig) -> None:
+        self.distributed = engine.distributed_optimizer
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        self.adam = adam.make_adam(parameters, optim)
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=optim.learning_rate,
+            bf16=engine.precision == "bf16",
+            params_dtype=torch.bfloat16 if engine.precision == "bf16" else torch.float32,
+            use_distributed_optimizer=engine.distributed_optimizer,
+            overlap_param_gather=engine.distributed_optimizer and engine.overlap,
+        )
+        with types_as_on_cuda():
+            self.wrapper = self._wrap(chunks, config)
+        self.wrapper.tp_group = parallel_state.get_tensor_model_parallel_group()
+        adam.make_state(self.adam)
+
+    def _wrap(self, chunks: Sequence[Any], config: OptimizerConfig) -> Any:
+        if self.distributed:
+            return DistributedOptimizer(
+                self.adam,
+                config,
+                grad_scaler=None,
+                init_state_fn=None,
+                model_chunks=list(chunks),
+                per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
+                data_parallel_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+                data_parallel_group_gloo=None,
+                data_parallel_group_idx=0,
+                distributed_optimizer_instance_id=0,
+            )
+        if config.bf16:
+            return Float16OptimizerWithFloat16Params(self.adam, config, None, None)
+        return FP32Optimizer(self.adam, config, None)
+
+    def shards(self) -> Iterator[OptimizerShard]:
+        """What this rank's Adam updates."""
+        for parameter, start, main in self._mains():
+            yield OptimizerShard(parameter, start, main, adam.moments_of(self.adam, main))
+
+    def _mains(self) -> Iterator[tuple[Tensor, int, Tensor]]:
+        wrapper = self.wrapper
+        if self.distributed:
+            models = [*wrapper.model_float16_groups, *wrapper.model_fp32_groups]
+            mains = [*wrapper.shard_fp32_from_float16_groups, *wrapper.shard_fp32_groups]
+            for parameter, main in _pairs(models, mains):
+                yield parameter, wrapper._get_model_param_range_map(parameter)["param"].start, main
+        elif isinstance(wrapper, Float16OptimizerWithFloat16Params):
+            for parameter, main in _pairs(wrapper.float16_groups, wrapper.fp32_from_float16_groups):
+                yield parameter, 0, main
+        else:
+            for parameter in adam.parameters_of(self.adam):
+                yield parameter, 0, parameter
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients."""
+        self.wrapper.zero_grad()
+
+    def gather_gradients(self) -> Tensor:
+        """Take the reduced gradients from the model; returns the sum of their squares, float64, shape ().
+
+        Counts what is held several times (over tensor ranks, or by tied embeddings) on one rank only; data and context
+        replicas hold equal gradients unless the optimizer is distributed.
+        """
+        self.wrapper.prepare_grads()
+        gradients = self.wrapper.get_main_grads_for_grad_norm()
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64)
+        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
+    def step(self, *, gradient_scale: float, learning_rate: float) -> None:
+        """Multiply the gradients, update, and bring the model's parameters up to date."""
+        gradients = [main.grad for main in adam.parameters_of(self.adam) if main.grad is not None]
+        torch._foreach_mul_(gradients, gradient_scale)
+        adam.set_learning_rate(self.adam, learning_rate)
+        self.wrapper.step_with_ready_grads()
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Continue as after `num_steps` steps."""
+        adam.set_num_steps(self.adam, num_steps)
+
+
+def _pairs(
+    model_groups: Sequence[Sequence[Tensor]], main_groups: Sequence[Sequence[Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for models, mains in zip(model_groups, main_groups, strict=True):
+        yield from zip(models, mains, strict=True)

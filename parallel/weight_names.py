@@ -1,0 +1,129 @@
+"""Canonical names of weights, and which part of them each local parameter of Megatron's GPTModel is. Arithmetic only.
+
+Canonical names and shapes are those of Hugging Face's LlamaForCausalLM. Megatron fuses the query, key and value weights
+(interleaved by key-value group) and the gate and up weights, numbers layers within a chunk, and slices over tensor
+ranks: by rows, or by columns for the projections back into the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from conf.schema import ModelConfig
+from parallel.boxes import Box
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+OUTPUT = "lm_head.weight"
+
+
+def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every weight of the model, in the order of the forward pass."""
+    vocabulary = (model.vocab_size, model.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: vocabulary}
+    for layer in range(model.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(model).items()}
+    shapes[FINAL_NORM] = (model.hidden_size,)
+    if not model.tied_embeddings:
+        shapes[OUTPUT] = vocabulary
+    return shapes
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Weights of the whole model; tied embeddings count once."""
+    return sum(math.prod(shape) for shape in logical_shapes(model).values())
+
+
+def boxes_of_parameter(
+    model: ModelConfig, parameter: str, *, first_layer: int, tensor_rank: int, tensor_size: int
+) -> tuple[Box, ...]:
+    """What the rows of a local parameter are, from top to bottom.
+
+    Args:
+        model: shape of the model.
+        parameter: name in the GPTModel chunk, e.g. `decoder.layers.0.mlp.linear_fc1.weight`.
+        first_layer: number in the model of the chunk's first layer, from 0.
+        tensor_rank: of the rank that holds it.
+        tensor_size: number of tensor ranks.
+    """
+    part = _TensorPart(tensor_rank, tensor_size)
+    vocabulary = (model.vocab_size, model.hidden_size)
+    match parameter.split("."):
+        case ["embedding", "word_embeddings", "weight"]:
+            return (part.rows(EMBEDDING, vocabulary),)
+        case ["output_layer", "weight"]:
+            return (part.rows(EMBEDDING if model.tied_embeddings else OUTPUT, vocabulary),)
+        case ["decoder", "final_layernorm", "weight"]:
+            return (part.whole(FINAL_NORM, (model.hidden_size,)),)
+        case ["decoder", "layers", number, *rest]:
+            layer = f"model.layers.{first_layer + int(number)}."
+            shapes = {layer + name: shape for name, shape in _layer_shapes(model).items()}
+            return _boxes_in_layer(model, ".".join(rest), layer, shapes, part)
+    raise AssertionError(f"Megatron has a parameter that the model should not have: {parameter}")
+
+
+def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+
+
+def _boxes_in_layer(
+    model: ModelConfig, parameter: str, layer: str, shapes: dict[str, tuple[int, ...]], part: _TensorPart
+) -> tuple[Box, ...]:
+    def rows(name: str, index: int = 0, count: int = 1) -> Box:
+        return part.rows(layer + name, shapes[layer + name], index, count)
+
+    def columns(name: str) -> Box:
+        return part.columns(layer + name, shapes[layer + name])
+
+    def whole(name: str) -> Box:
+        return part.whole(layer + name, shapes[layer + name])
+
+    match parameter:
+        case "input_layernorm.weight":
+            return (whole("input_layernorm.weight"),)
+        case "pre_mlp_layernorm.weight":
+            return (whole("post_attention_layernorm.weight"),)
+        case "self_attention.linear_qkv.weight":
+            groups = model.num_kv_heads // part.size
+            heads = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+            return tuple(rows(name, group, groups) for group in range(groups) for name in heads)
+        case "self_attention.linear_proj.weight":
+            return (columns("self_attn.o_proj.weight"),)
+        case "mlp.linear_fc1.weight":
+            return rows("mlp.gate_proj.weight"), rows("mlp.up_proj.weight")
+        case "mlp.linear_fc2.weight":
+            return (columns("mlp.down_proj.weight"),)
+    raise AssertionError(f"Megatron has a parameter that a layer should not have: {parameter}")
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorPart:
+    """A tensor rank's part of a weight."""
+
+    rank: int
+    size: int
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> Box:
+        return Box(name, shape, (0,) * len(shape), shape)
+
+    def rows(self, name: str, shape: tuple[int, ...], index: int = 0, count: int = 1) -> Box:
+        """The `index`-th of `count` equal parts of this rank's rows."""
+        num_rows = shape[0] // (self.size * count)
+        return Box(name, shape, ((self.rank * count + index) * num_rows, 0), (num_rows, shape[1]))
+
+    def columns(self, name: str, shape: tuple[int, ...]) -> Box:
+        num_columns = shape[1] // self.size
+        return Box(name, shape, (0, self.rank * num_columns), (shape[0], num_columns))

@@ -1,0 +1,80 @@
+"""Everything about a run that can be known to be wrong before anything is launched.
+
+A rule is a small function `(config, machine) -> Iterator[Problem]`; all of them are asked, and what they find is raised
+at once. They live in `rules_layout.py` (model, batch and axes), `rules_stages.py` (stages and what they refer to) and
+`rules_place.py` (this machine, its disks and the cluster). Fields on their own are checked when they are decoded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from conf.errors import ConfigError, Problem
+from conf.schema import RunConfig
+from recipes import rules_layout, rules_place, rules_stages
+from recipes.machine import Machine
+from recipes.rules_layout import mesh_of
+from recipes.rules_place import CPU_RANK_BYTES, uses_gpu
+
+RULES = (*rules_stages.RULES, *rules_layout.RULES, *rules_place.RULES)
+WARNINGS = (*rules_stages.WARNINGS, *rules_layout.WARNINGS, *rules_place.WARNINGS)
+
+
+def check(config: RunConfig, machine: Machine) -> None:
+    """Ask every rule.
+
+    Raises:
+        ConfigError: with all problems found.
+    """
+    config = resolve(config, machine)
+    problems = [problem for rule in RULES for problem in rule(config, machine)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def warnings(config: RunConfig, machine: Machine) -> list[Problem]:
+    """What is allowed and probably not meant."""
+    config = resolve(config, machine)
+    return [problem for rule in WARNINGS for problem in rule(config, machine)]
+
+
+def resolve(config: RunConfig, machine: Machine) -> RunConfig:
+    """Fill in `engine.mesh.data` and `cluster.ranks_per_node` where they are null; resolving twice changes nothing.
+
+    On this machine, data takes as many ranks as there are GPUs (else cores, and memory for them) and the batches can be
+    shared by; a mesh that is asked for may have more ranks than cores. On a cluster, data takes every rank there is.
+    """
+    mesh, cluster = config.engine.mesh, config.cluster
+    is_local = cluster.kind == "local"
+    if cluster.ranks_per_node is not None:
+        num_ranks = cluster.ranks_per_node * cluster.num_nodes
+    elif not is_local:
+        num_ranks = 1  # a rule asks for ranks_per_node
+    elif uses_gpu(config, machine):
+        num_ranks = len(machine.gpus) or 1
+    else:
+        num_ranks = min(machine.cores, machine.memory_bytes // CPU_RANK_BYTES)
+    others = mesh.tensor * mesh.context * mesh.pipeline
+    data = mesh.data or _data_ranks(config, max(1, num_ranks // others), whole=not is_local)
+    ranks_per_node = cluster.ranks_per_node
+    if ranks_per_node is None and is_local:
+        ranks_per_node = -(-others * data // cluster.num_nodes)
+    return replace(
+        config,
+        engine=replace(config.engine, mesh=replace(mesh, data=data)),
+        cluster=replace(cluster, ranks_per_node=ranks_per_node),
+    )
+
+
+def _data_ranks(config: RunConfig, most: int, *, whole: bool) -> int:
+    if whole:
+        return most
+
+    def shares_batches(data: int) -> bool:
+        at = replace(config, engine=replace(config.engine, mesh=replace(config.engine.mesh, data=data)))
+        return not any(rules_layout.batches_are_shared_evenly(at))
+
+    return next((data for data in range(most, 1, -1) if shares_batches(data)), 1)
+
+
+__all__ = ["check", "mesh_of", "resolve", "uses_gpu", "warnings"]

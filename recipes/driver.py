@@ -1,0 +1,218 @@
+"""From a configuration to a finished run: the one process a user starts.
+
+It decides, prepares, launches, follows and reports; it never touches a tensor. Exit codes: 0 finished, 1 a rank failed,
+2 something the user can mend, 75 stopped and can be continued (EX_TEMPFAIL, on which schedulers requeue).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from conf import load
+from conf.schema import RunConfig
+from data.prepare import prepared
+from recipes import check
+from recipes.machine import Machine, find_machine
+from recipes.reopen import reopen
+from recipes.stop import StopRequest, stop_on_signals
+from train import rundir
+from train.console import make_console, print_failure, print_header, print_results
+from train.launch import Gang, RankError, RayTrain
+from train.metrics import MetricsWriter, read
+from train.progress import Display
+from train.report import write_report
+from train.rundir import RunDir, Status, replace_text
+from train.summary import summarise
+from train.tracking import Tracker
+
+ENTRY = "recipes.run:run_stages"
+EXIT_CODES: dict[Status, int] = {"finished": 0, "failed": 1, "stopped": 75}
+TRACKING_SECONDS = 20.0
+
+Datasets = dict[str, str]
+
+
+def execute(config: RunConfig) -> int:
+    """Run a recipe, or only check it; returns the exit code.
+
+    Raises:
+        UserError: something is wrong that the user can mend; nothing was launched.
+    """
+    run = None
+    if config.resume is not None:
+        run, config = reopen(config)
+    machine = find_machine()
+    config = check.resolve(config, machine)
+    check.check(config, machine)
+    console = make_console()
+    warnings = [str(problem) for problem in check.warnings(config, machine)]
+    if config.action == "check":
+        print_header(console, config, str(machine), world_size_of(config))
+        for warning in warnings:
+            console.print(f"warning: {warning}", style="yellow", markup=False)
+        console.print(f"{config.name} passes every check; nothing was launched.")
+        return 0
+    if run is None:
+        run = rundir.create(Path(config.runs_dir), config.name)
+    driver = Driver(machine=machine, console=console, stop=StopRequest(), use_gpu=check.uses_gpu(config, machine))
+    with run.locked(), stop_on_signals(driver.stop):
+        return EXIT_CODES[driver.lead(run, config, warnings)]
+
+
+@dataclass(kw_only=True, slots=True)
+class Driver:
+    """One recipe and, where it has no model to start from yet, the recipe before it, on one set of ranks."""
+
+    machine: Machine
+    console: Console
+    stop: StopRequest
+    use_gpu: bool
+
+    def lead(self, run: RunDir, config: RunConfig, warnings: list[str]) -> Status:
+        """Bring a run to its end, that of the recipe it starts from included."""
+        print_header(self.console, config, str(self.machine), world_size_of(config))
+        open_run(run, config)
+        launcher = (Gang if config.launcher == "gang" else RayTrain)(config.cluster, use_gpu=self.use_gpu)
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+            # Reading and tokenising takes about as long as starting the ranks: both at once.
+            datasets = pool.submit(prepare_sources, config)
+            with launcher:
+                status, config = self.with_origin(run, config, launcher, datasets)
+                if status == "finished":
+                    status = self.follow(run, config, launcher, datasets, warnings)
+        return status
+
+    def with_origin(
+        self, run: RunDir, config: RunConfig, launcher: Gang | RayTrain, datasets: Future[Datasets]
+    ) -> tuple[Status, RunConfig]:
+        """Make sure there is a model to start from, and name its checkpoint in the configuration."""
+        if config.init is None or not config.init.startswith("recipe:"):
+            return "finished", config
+        recipe = config.init.removeprefix("recipe:")
+        runs_dir = Path(config.runs_dir)
+        path = rundir.newest_finished(runs_dir, recipe, config.model)
+        if path is None:
+            # Only a rehearsal comes here: recipes/check.py refuses a full-size run without its origin.
+            self.console.print(f"There is no finished {recipe} run in {runs_dir} to start from: rehearsing it first.\n")
+            origin, origin_config = self.open_origin(config, recipe)
+            with origin.locked():
+                status = self.follow(origin, origin_config, launcher, datasets, [])
+            if status != "finished":
+                run.write_status(status)
+                return status, config
+            path = origin.path
+        checkpoint = RunDir(path).final_checkpoint(load.read(RunDir(path).config_file).order)
+        assert checkpoint is not None, f"{path} is finished and has no model"
+        self.console.print(f"Starting from {checkpoint}\n", soft_wrap=True, highlight=False)
+        return "finished", dataclasses.replace(config, init=checkpoint)
+
+    def open_origin(self, config: RunConfig, recipe: str) -> tuple[RunDir, RunConfig]:
+        """The run of the recipe this one starts from: continued where this one is, else new."""
+        origin_config = check.resolve(load.compose_like(config, recipe), self.machine)
+        check.check(origin_config, self.machine)
+        unfinished = rundir.newest_unfinished(Path(config.runs_dir), recipe) if config.resume else None
+        if unfinished is not None and load.read(RunDir(unfinished).config_file) == origin_config:
+            origin = RunDir(unfinished)
+        else:
+            origin = rundir.create(Path(config.runs_dir), recipe)
+        open_run(origin, origin_config)
+        return origin, origin_config
+
+    def follow(
+        self,
+        run: RunDir,
+        config: RunConfig,
+        launcher: Gang | RayTrain,
+        datasets: Future[Datasets],
+        warnings: list[str],
+    ) -> Status:
+        """Let the ranks work on one run; record, screen, W&B and report included."""
+        replace_text(run.datasets_file, json.dumps(datasets.result(), indent=2))
+        load.write(config, run.config_file)
+        metrics = MetricsWriter(run.metrics_file)
+        offset = run.metrics_file.stat().st_size
+        started = time.monotonic()
+        metrics.write(
+            "run_started",
+            run=run.name,
+            recipe=config.name,
+            scale=config.scale,
+            machine=str(self.machine),
+            world_size=launcher.world_size,
+            mesh=str(check.mesh_of(config)),
+            restarts=sum(record["kind"] == "run_started" for record in read(run.metrics_file)),
+        )
+        for warning in warnings:
+            metrics.write("message", level="warning", text=warning)
+        tracker = Tracker(run.path, mode=config.tracking.mode)
+        with Display(self.console, run.metrics_file, config.order, offset=offset) as display:
+            status = self.watch(run, launcher, metrics, display)
+        run.write_status(status)
+        metrics.write("run_ended", status=status, exit_code=EXIT_CODES[status], seconds=time.monotonic() - started)
+        tracker.finish(TRACKING_SECONDS)
+        report = write_report(run.path)
+        print_results(self.console, summarise(list(read(run.metrics_file))), closing(run, config, status, report))
+        return status
+
+    def watch(self, run: RunDir, launcher: Gang | RayTrain, metrics: MetricsWriter, display: Display) -> Status:
+        """Wait for the ranks, showing what they write and passing a stop on."""
+
+        def on_poll() -> None:
+            if self.stop.asked and not run.stop_file.exists():
+                run.stop_file.touch()
+                metrics.write("message", level="info", text="stopping: the step is finished and the state saved")
+            display.update()
+
+        try:
+            return launcher.run(run, ENTRY, on_poll)
+        except RankError as error:
+            display.update()
+            metrics.write("message", level="error", text=str(error))
+            print_failure(self.console, rank=error.rank, reason=error.details or error.reason, log=str(error.log))
+            return "failed"
+
+
+def open_run(run: RunDir, config: RunConfig) -> None:
+    """Make a run directory ready for a new attempt."""
+    load.write(config, run.config_file)
+    run.stop_file.unlink(missing_ok=True)
+    shutil.rmtree(run.failures, ignore_errors=True)
+    run.failures.mkdir()
+    run.write_status("running")
+
+
+def prepare_sources(config: RunConfig) -> Datasets:
+    """Tokenise what is not tokenised yet: source -> path of its dataset.
+
+    Raises:
+        DataError: a source cannot be read or does not fit the tokenizer.
+    """
+    return {name: str(prepared(source, config.data).path) for name, source in config.data.sources.items()}
+
+
+def world_size_of(config: RunConfig) -> int:
+    """Ranks of a resolved configuration."""
+    assert config.cluster.ranks_per_node is not None
+    return config.cluster.num_nodes * config.cluster.ranks_per_node
+
+
+def closing(run: RunDir, config: RunConfig, status: Status, report: Path) -> dict[str, str]:
+    """What a user may want next: label -> path or command."""
+    lines = {"run": str(run.path), "report": str(report)}
+    if any(run.export.glob("*.safetensors")):
+        lines["model"] = str(run.export)
+    if (run.path / "wandb").exists():
+        lines["W&B"] = str(run.path / "wandb")
+    if status != "finished":
+        lines["continue with"] = f"python -m train recipe={config.name} resume={run.path}"
+    elif config.scale == "rehearsal":
+        lines["full size"] = f"python -m train recipe={config.name} cluster=h200_ray"
+    return lines

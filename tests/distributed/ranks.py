@@ -1,0 +1,127 @@
+"""Ranks for tests: processes that meet over gloo, whose failures and results reach the test."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LIMIT_SECONDS = 120.0
+GRACE_SECONDS = 2.0
+PR_SET_PDEATHSIG = 1
+
+
+class RankFailedError(AssertionError):
+    """A rank raised, died, or did not end in time; the message has its traceback."""
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, limit_seconds: float = LIMIT_SECONDS
+) -> list[Any]:
+    """Call `function(*args)` in `world_size` new processes with a gloo world; returns what each rank returned.
+
+    `function` is a module-level function. Processes are spawned, ended when the first fails or the limit has passed,
+    and killed by the kernel if this process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks: dict[Connection, tuple[int, Any]] = {}
+    for rank in range(world_size):
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_be_rank, args=(theirs, os.getpid(), rank, world_size, store.port, function, args), daemon=True
+        )
+        process.start()
+        theirs.close()
+        ranks[mine] = (rank, process)
+    processes = [process for _, process in ranks.values()]
+    try:
+        return _collect(ranks, time.monotonic() + limit_seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(ranks: dict[Connection, tuple[int, Any]], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: list[str] = []
+    waiting = dict(ranks)
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for connection in ready:
+            rank, process = waiting.pop(connection)
+            try:
+                failure, results[rank] = connection.recv()
+            except EOFError:
+                process.join()
+                failure = f"died with exit code {process.exitcode}"
+            if failure:
+                # Those that only lost their peer often tell it sooner than the one that failed.
+                failures.append(f"rank {rank}: {failure}")
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    if failures:
+        raise RankFailedError("\n".join(failures))
+    if waiting:
+        raise RankFailedError(f"ranks {sorted(rank for rank, _ in waiting.values())} did not end in time")
+    return [results[rank] for rank in sorted(results)]
+
+
+def _be_rank(
+    connection: Connection, parent: int, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any
+) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    torch.set_num_threads(1)
+    try:
+        _open_world(dist.TCPStore("127.0.0.1", port, is_master=False), rank, world_size)
+        result = function(*args)
+        dist.barrier()
+        connection.send((None, result))
+    except BaseException:
+        connection.send((traceback.format_exc(), None))
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def smaller_world(size: int, name: str) -> Iterator[bool]:
+    """Make the first `size` ranks the world for a while; yields whether this rank is in it. The others wait.
+
+    Args:
+        size: ranks in it.
+        name: unique in a launch.
+    """
+    rank, whole = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    dist.destroy_process_group()
+    if rank < size:
+        _open_world(dist.PrefixStore(name, store), rank, size)
+    yield rank < size
+    if rank < size:
+        dist.destroy_process_group()
+    _open_world(dist.PrefixStore(f"after {name}", store), rank, whole)
+
+
+def _open_world(store: dist.Store, rank: int, world_size: int) -> None:
+    timeout = timedelta(seconds=LIMIT_SECONDS)
+    # gloo's ranks connect to each other more reliably when none of them is still importing torch.
+    store.set(f"rank {rank} is here", "")
+    store.wait([f"rank {other} is here" for other in range(world_size)], timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -1,0 +1,292 @@
+"""The layout never changes the numbers. One launch of eight ranks does it all, because starting ranks takes longest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks, smaller_world
+from tiny import MODEL, TIED, Layout, Tensors, batches, tiny_engine, train
+
+from conf.schema import ModelConfig
+from parallel.engine import Engine, LossSums, StepResult
+from parallel.initial import InitialWeights
+from parallel.loss import CrossEntropy
+
+NUM_STEPS = 20
+HELD_OUT = 1000  # a step that is never trained on
+
+FP32 = {
+    "tensor": Layout(tensor=2),
+    "sequence": Layout(tensor=2, sequence_parallel=True),
+    "pipeline": Layout(pipeline=2),
+    "interleaved": Layout(pipeline=2, virtual_pipeline=2),
+    "context": Layout(context=2),
+    "data": Layout(data=2),
+    "data-overlap": Layout(data=2, overlap=True),
+    "data-sharded": Layout(data=2, distributed_optimizer=True, overlap=True),
+    "context-sharded": Layout(context=2, distributed_optimizer=True),
+    "context x tensor": Layout(context=2, tensor=2, sequence_parallel=True),
+    "context x pipeline": Layout(context=2, pipeline=2),
+    "pipeline 4": Layout(pipeline=4, recompute="full"),
+    "tensor x pipeline x data": Layout(
+        tensor=2, pipeline=2, data=2, sequence_parallel=True, distributed_optimizer=True, overlap=True
+    ),
+    "tensor x interleaved x context": Layout(
+        tensor=2, pipeline=2, virtual_pipeline=2, context=2, recompute="selective"
+    ),
+}
+BF16 = {
+    "tensor": Layout(tensor=2, sequence_parallel=True, precision="bf16"),
+    "pipeline": Layout(pipeline=2, precision="bf16"),
+    "context": Layout(context=2, precision="bf16"),
+    "data-sharded": Layout(data=2, distributed_optimizer=True, overlap=True, precision="bf16"),
+    "tensor x pipeline x data": replace(FP32["tensor x pipeline x data"], precision="bf16"),
+}
+TIED_FP32 = {
+    "tensor": Layout(tensor=2),
+    "pipeline": Layout(pipeline=2),
+    "interleaved-sharded": Layout(pipeline=2, virtual_pipeline=2, data=2, distributed_optimizer=True, overlap=True),
+}
+# A run that is stopped every five steps and goes on with half the ranks.
+SHRINKING = (
+    FP32["tensor x pipeline x data"],
+    Layout(pipeline=2, data=2),
+    Layout(tensor=2, data=1, distributed_optimizer=True),
+    Layout(),
+)
+RESUMED = {
+    "sharded bf16": Layout(data=2, distributed_optimizer=True, overlap=True, precision="bf16"),
+    "tensor bf16": Layout(tensor=2, precision="bf16"),
+    "pipeline fp32": Layout(pipeline=2, data=2, distributed_optimizer=True),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What training looked like on a rank."""
+
+    steps: list[StepResult]
+    held_out: Any = None
+
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+    def grad_norms(self) -> list[float]:
+        return [step.grad_norm for step in self.steps]
+
+
+class NotANumber(CrossEntropy):
+    """Cross-entropy of a model that has blown up on one data rank."""
+
+    def __call__(self, *args: Any) -> LossSums:
+        sums = super().__call__(*args)
+        return replace(sums, loss=sums.loss * float("nan"))
+
+
+def everything() -> dict[str, Any]:
+    """Run on each of eight ranks."""
+    found: dict[str, Any] = {}
+    for size in (8, 4, 2, 1):
+        with smaller_world(size, f"world of {size}") as inside:
+            if inside:
+                _runs_of_size(size, found)
+    return found
+
+
+def _runs_of_size(size: int, found: dict[str, Any]) -> None:
+    for family, model, layouts in (
+        ("fp32", MODEL, FP32 | {"one": Layout()}),
+        ("bf16", MODEL, BF16 | {"one": Layout(precision="bf16")}),
+        ("tied", TIED, TIED_FP32 | {"one": Layout()}),
+    ):
+        for name, layout in layouts.items():
+            if layout.mesh.world_size == size:
+                found[f"{family}/{name}"] = _on_mesh(layout, _train_and_score, model)
+    for name, layout in RESUMED.items():
+        if layout.mesh.world_size == size:
+            found[f"resumed/{name}"] = _on_mesh(layout, _train_and_resume)
+    for part, layout in enumerate(SHRINKING):
+        if layout.mesh.world_size == size:
+            found[f"shrinking/{part}"] = _on_mesh(layout, _continue, found.get("state"), part, found)
+    if size == 4:
+        layout = Layout(tensor=2, data=2, distributed_optimizer=True)
+        found["not finite"] = _on_mesh(layout, _blow_up)
+        found["two engines"] = _on_mesh(Layout(tensor=2, pipeline=2), _teacher_and_student)
+
+
+def _on_mesh(layout: Layout, run: Callable[..., Any], *args: Any) -> Any:
+    from parallel import groups
+
+    groups.enter_mesh(layout.mesh, virtual_pipeline=layout.virtual_pipeline)
+    try:
+        return run(layout, *args)
+    finally:
+        groups.leave_mesh()
+
+
+def _fresh(layout: Layout, model: ModelConfig = MODEL) -> Engine:
+    engine = tiny_engine(layout, model)
+    engine.load_weights(InitialWeights(model, 1))
+    return engine
+
+
+def _train_and_score(layout: Layout, model: ModelConfig) -> Curve:
+    engine = _fresh(layout, model)
+    steps = train(engine, range(NUM_STEPS))
+    rows = engine.score(batches(HELD_OUT, engine.mesh, engine.coordinate.data))
+    engine.close()
+    return Curve(steps, rows)
+
+
+def _save(engine: Engine) -> tuple[Tensors, Tensors]:
+    return Tensors.gather(list(engine.weights())), Tensors.gather(list(engine.optimizer_state()))
+
+
+def _restore(engine: Engine, state: tuple[Tensors, Tensors], num_steps: int) -> None:
+    engine.load_weights(state[0])
+    engine.load_optimizer_state(state[1], num_steps=num_steps)
+
+
+def _train_and_resume(layout: Layout) -> dict[str, Any]:
+    engine = _fresh(layout)
+    train(engine, range(5))
+    state = _save(engine)
+    straight, end = train(engine, range(5, 10)), _save(engine)
+    engine.close()
+    engine = tiny_engine(layout)
+    _restore(engine, state, 5)
+    resumed, end_resumed = train(engine, range(5, 10)), _save(engine)
+    engine.close()
+    different = [
+        name
+        for one, other in zip(end, end_resumed, strict=True)
+        for name, tensor in one.tensors.items()
+        if not torch.equal(tensor, other.tensors[name])
+    ]
+    return {"straight": straight, "resumed": resumed, "different": different, "names": sorted(end[1].tensors)}
+
+
+def _continue(layout: Layout, state: tuple[Tensors, Tensors] | None, part: int, found: dict[str, Any]) -> Curve:
+    engine = tiny_engine(layout)
+    if state is None:
+        engine.load_weights(InitialWeights(MODEL, 1))
+    else:
+        _restore(engine, state, 5 * part)
+    steps = train(engine, range(5 * part, 5 * part + 5))
+    found["state"] = _save(engine)
+    engine.close()
+    return Curve(steps)
+
+
+def _blow_up(layout: Layout) -> dict[str, Any]:
+    engine = _fresh(layout)
+    before = train(engine, range(3))
+    mine = batches(3, engine.mesh, engine.coordinate.data)
+    objective = NotANumber() if engine.coordinate.data == 1 else CrossEntropy()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        engine.step(mine, objective, learning_rate=1.0)
+    after = train(engine, range(3, NUM_STEPS))
+    stopped = engine.step(mine, CrossEntropy(), learning_rate=0.0, stop=dist.get_rank() == 2)
+    engine.close()
+    return {"curve": Curve(before + after), "stop": [step.stop for step in before], "stopped": stopped.stop}
+
+
+def _teacher_and_student(layout: Layout) -> dict[str, Any]:
+    narrow = replace(TIED, name="student", num_layers=2, hidden_size=32, num_attention_heads=2)
+    teacher = tiny_engine(layout, MODEL, optim=None)
+    teacher.load_weights(InitialWeights(MODEL, 1))
+    student = _fresh(layout, narrow)
+    questions = batches(HELD_OUT, layout.mesh, 0)
+    before = teacher.score(questions)
+    losses = [step.loss for step in train(student, range(NUM_STEPS))]
+    after = teacher.score(questions)
+    same = torch.equal(before.loss_B, after.loss_B)
+    teacher.close()
+    student.close()
+    return {"teacher unchanged": same, "student losses": losses, "teacher": before}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return [{key: value for key, value in found.items() if key != "state"} for found in run_ranks(everything, 8)]
+
+
+@pytest.fixture
+def found(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What rank 0 found."""
+    return ranks[0]
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_fp32_curves_are_those_of_one_rank(found, name):
+    one, other = found["fp32/one"], found[f"fp32/{name}"]
+    assert one.losses()[-1] < one.losses()[0] - 0.3, "the model learns, so equal curves say something"
+    assert other.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert other.grad_norms() == pytest.approx(one.grad_norms(), abs=1e-4)
+    assert [step.num_tokens for step in other.steps] == [step.num_tokens for step in one.steps]
+    assert [step.metrics["z_loss"] for step in other.steps] == pytest.approx(
+        [step.metrics["z_loss"] for step in one.steps], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_curves_are_those_of_one_rank(found, name):
+    assert found[f"bf16/{name}"].losses() == pytest.approx(found["bf16/one"].losses(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", TIED_FP32)
+def test_tied_embeddings_stay_tied(found, name):
+    one, other = found["tied/one"], found[f"tied/{name}"]
+    assert other.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert other.grad_norms() == pytest.approx(one.grad_norms(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_held_out_rows_score_the_same_in_the_same_order(found, name):
+    one, other = found["fp32/one"].held_out, found[f"fp32/{name}"].held_out
+    assert torch.equal(other.sample_ids_B, one.sample_ids_B)
+    assert torch.equal(other.num_tokens_B, one.num_tokens_B)
+    assert other.loss_B.tolist() == pytest.approx(one.loss_B.tolist(), abs=1e-3)
+
+
+def test_every_rank_is_told_the_same(ranks):
+    for name, layout in FP32.items():
+        told = [ranks[rank][f"fp32/{name}"] for rank in range(layout.mesh.world_size)]
+        assert all(rank.steps == told[0].steps for rank in told)
+        assert all(torch.equal(rank.held_out.loss_B, told[0].held_out.loss_B) for rank in told)
+
+
+def test_run_resumed_with_half_the_ranks_again_and_again_is_on_the_same_curve(found):
+    losses = [loss for part in range(len(SHRINKING)) for loss in found[f"shrinking/{part}"].losses()]
+    assert losses == pytest.approx(found["fp32/one"].losses(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_run_resumed_on_the_same_layout_is_equal_to_the_last_bit(found, name):
+    result = found[f"resumed/{name}"]
+    assert result["resumed"] == result["straight"]
+    assert result["different"] == []
+    assert any(state.startswith("master/") for state in result["names"]) == ("bf16" in name)
+
+
+def test_step_that_is_not_finite_is_refused_on_all_ranks_and_changes_nothing(ranks):
+    for rank in range(4):
+        curve = ranks[rank]["not finite"]["curve"]
+        assert curve.losses() == pytest.approx(ranks[0]["fp32/one"].losses(), abs=1e-5)
+
+
+def test_one_rank_asking_to_stop_stops_all(ranks):
+    for rank in range(4):
+        assert ranks[rank]["not finite"]["stop"] == [False] * 3
+        assert ranks[rank]["not finite"]["stopped"] is True
+
+
+def test_two_models_live_in_one_process(found):
+    result = found["two engines"]
+    assert result["teacher unchanged"]
+    assert result["student losses"][-1] < result["student losses"][0] - 0.3

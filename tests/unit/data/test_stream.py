@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import MakeDataset
+
+from conf.errors import DataError
+from data.shards import Dataset
+from data.stream import Stream
+
+LENGTH = 16
+BATCH = 192
+
+
+def stream_of(datasets: dict[str, Dataset], **changes: object) -> Stream:
+    settings = {
+        "mixture": dict.fromkeys(datasets, 1.0),
+        "seed": 5,
+        "sequence_length": LENGTH,
+        "global_batch": BATCH,
+        "micro_batch": 3,
+    }
+    return Stream(datasets, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def two(make_dataset: MakeDataset) -> dict[str, Dataset]:
+    return {"one": make_dataset("one"), "other": make_dataset("other", num_documents=100)}
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 4, 8, 64])
+def test_the_global_batch_is_the_same_for_every_data_size(two: dict[str, Dataset], data_size: int) -> None:
+    stream = stream_of(two)
+    whole = stream.batches(7, 0, 1)
+    shared = [batch for data_rank in range(data_size) for batch in stream.batches(7, data_rank, data_size)]
+    assert len(shared) == BATCH // 3
+    for field in ("tokens_BS", "labels_BS", "sample_ids_B"):
+        expected = np.concatenate([getattr(batch, field) for batch in whole])
+        assert np.array_equal(np.concatenate([getattr(batch, field) for batch in shared]), expected)
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3, 4, 8, 64])
+def test_every_sample_is_seen_once_an_epoch_whatever_the_data_size(make_dataset: MakeDataset, data_size: int) -> None:
+    stream = stream_of({"one": make_dataset(num_documents=100)}, micro_batch=1)
+    size = stream.samples_in_epoch("one")
+    seen = []
+    for step in range(-(-2 * size // BATCH)):
+        for data_rank in range(data_size):
+            for batch in stream.batches(step, data_rank, data_size):
+                seen += stream.samples(batch.sample_ids_B)
+    for epoch in (0, 1):
+        indices = [sample.index for sample in seen if sample.epoch == epoch]
+        assert sorted(indices) == list(range(size))
+    orders = [[sample.index for sample in seen if sample.epoch == epoch] for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+def test_a_fresh_stream_goes_on_where_another_stopped(two: dict[str, Dataset]) -> None:
+    reading = stream_of(two)
+    traces = [np.concatenate([batch.tokens_BS for batch in reading.batches(step, 0, 1)]) for step in range(5)]
+    for step in (4, 0, 3):
+        fresh = stream_of(two).batches(step, 0, 1)
+        assert np.array_equal(np.concatenate([batch.tokens_BS for batch in fresh]), traces[step])
+
+
+def test_steps_consume_consecutive_positions(two: dict[str, Dataset]) -> None:
+    stream = stream_of(two)
+    ids = np.concatenate([stream.sample_ids(step) for step in range(4)])
+    assert ids.tolist() == list(range(4 * BATCH))
+
+
+def test_the_mixture_holds_in_every_step_and_a_finished_source_begins_again(two: dict[str, Dataset]) -> None:
+    stream = stream_of(two, mixture={"one": 3, "other": 1})
+    samples = [sample for step in range(6) for sample in stream.samples(stream.sample_ids(step))]
+    for step in range(6):
+        assert Counter(sample.source for sample in samples[step * BATCH : (step + 1) * BATCH]) == {
+            "one": BATCH * 3 // 4,
+            "other": BATCH // 4,
+        }
+    size = stream.samples_in_epoch("one")
+    epochs = [sample.epoch for sample in samples if sample.source == "one"]
+    assert epochs == [place // size for place in range(len(epochs))] and max(epochs) >= 1
+
+
+def test_a_sample_is_its_window_of_text_and_labels_follow_tokens(two: dict[str, Dataset]) -> None:
+    stream = stream_of(two)
+    (batch, *_) = stream.batches(2, 1, 2)
+    for row, sample in enumerate(stream.samples(batch.sample_ids_B)):
+        window = two[sample.source].tokens("train", sample.index * LENGTH, LENGTH + 1)
+        assert batch.tokens_BS[row].tolist() == window[:-1].tolist()
+        assert batch.labels_BS[row].tolist() == window[1:].tolist()
+    assert (batch.loss_mask_BS == 1).all()
+    assert (batch.position_ids_BS == np.arange(LENGTH)).all()
+    assert batch.tokens_BS.dtype == batch.labels_BS.dtype == np.int64
+
+
+def test_the_documents_of_a_step_are_those_its_tokens_are_of(two: dict[str, Dataset]) -> None:
+    stream = stream_of(two)
+    documents = stream.documents(3)
+    assert list(documents) == stream.sample_ids(3).tolist()
+    for sample in stream.samples(stream.sample_ids(3))[:20]:
+        expected = two[sample.source].document_ids("train", sample.index * LENGTH, LENGTH + 1)
+        assert documents[sample.id] == expected and expected
+
+
+def test_seeds_change_the_order(two: dict[str, Dataset]) -> None:
+    orders = [
+        [(sample.source, sample.index) for sample in stream_of(two, seed=seed).samples(np.arange(BATCH))]
+        for seed in (5, 6, 5)
+    ]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_what_cannot_be_served_is_refused(two: dict[str, Dataset]) -> None:
+    with pytest.raises(DataError, match=r"source 'one'.* training tokens; one sample of sequence_length=1000000"):
+        stream_of(two, sequence_length=1_000_000)
+    with pytest.raises(DataError, match="names source 'third'; there is: one, other"):
+        stream_of(two, mixture={"third": 1.0})
+    with pytest.raises(ValueError, match="must be a multiple of 15"):
+        stream_of(two).batches(0, 0, 5)
+    with pytest.raises(ValueError, match="data rank 2 of 2"):
+        stream_of(two).batches(0, 2, 2)

@@ -1,0 +1,51 @@
+"""What a run is in a few words, the same on the screen and in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from conf.schema import ModelConfig, PretrainStage, RunConfig, SpecialiseStage, TrainingConfig
+from train.quantities import count
+
+
+def facts(config: RunConfig, world_size: int) -> dict[str, str]:
+    """Label -> what it is in this run; a second line after a line break says more."""
+    return dict(_facts(config, world_size))
+
+
+def _facts(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
+    if config.scale == "full":
+        yield "ranks", f"{world_size} x {config.budget.gpu}"
+    else:
+        where = "this machine" if config.cluster.kind == "local" else f"cluster {config.cluster.name}"
+        yield "ranks", f"{world_size} on {where}"
+    yield "model", f"{count(config.model.num_parameters)} parameters\n{_shape(config.model)}"
+    yield "stages", ", ".join(config.order)
+    for name in config.order:
+        stage = config.stages[name]
+        if isinstance(stage, PretrainStage | SpecialiseStage):
+            yield name, _amount(stage.training)
+    yield "mesh", _mesh(config, world_size)
+    yield "precision", config.engine.precision
+    if config.scale == "full":
+        yield "budget", f"{config.budget.days:g} days at {config.budget.power_mw:g} MW"
+    else:
+        yield "budget", "none"
+
+
+def _shape(model: ModelConfig) -> str:
+    heads = f"{model.num_attention_heads}/{model.num_kv_heads} heads"
+    return f"{model.num_layers} layers x {model.hidden_size:,}, {heads}, vocabulary {count(model.vocab_size)}"
+
+
+def _amount(training: TrainingConfig) -> str:
+    batch = f"{training.global_batch:,} x {training.sequence_length:,}"
+    return f"{count(training.tokens)} tokens\n{training.num_steps:,} steps of {batch}"
+
+
+def _mesh(config: RunConfig, world_size: int) -> str:
+    mesh = config.engine.mesh
+    data = mesh.data or max(world_size // (mesh.tensor * mesh.context * mesh.pipeline), 1)
+    axes = {"tensor": mesh.tensor, "context": mesh.context, "data": data, "pipeline": mesh.pipeline}
+    text = " x ".join(f"{axis} {size}" for axis, size in axes.items())
+    return f"{text}\n{mesh.virtual_pipeline} layer chunks a pipeline rank" if mesh.virtual_pipeline > 1 else text
