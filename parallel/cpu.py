@@ -39,9 +39,9 @@ def adapt_megatron() -> None:
                 SPECIAL_CARE[name](module)
 
 
-def types_as_on_cuda() -> AbstractContextManager[object]:
-    """While open, `tensor.type()` names CUDA types: Megatron's optimizers sort parameters by that name when built."""
-    return nullcontext() if torch.cuda.is_available() else _CudaTypeNames()
+def tensors_as_on_cuda() -> AbstractContextManager[object]:
+    """While open, `tensor.type()` names CUDA types and `tensor.cuda()` is the tensor; for building models with."""
+    return nullcontext() if torch.cuda.is_available() else _AsOnCuda()
 
 
 class _CpuTorch(ModuleType):
@@ -72,12 +72,13 @@ class _CpuCuda(ModuleType):
         self.random: _CpuCuda = self
 
 
-class _CudaTypeNames(TorchFunctionMode):
+class _AsOnCuda(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cuda:
+            return args[0]
         result = func(*args, **(kwargs or {}))
-        if func is Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.")
-        return result
+        # Optimizers sort parameters by the names of their types.
+        return result.replace("torch.", "torch.cuda.") if func is Tensor.type and isinstance(result, str) else result
 
 
 def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:

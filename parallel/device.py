@@ -20,16 +20,15 @@ def this_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def select_device(rank: int) -> torch.device:
-    """Take this rank's GPU, where there are any; ranks of a node are consecutive and it has as many as it has GPUs."""
+def select_device(rank: int) -> None:
+    """Take this rank's GPU, where there are any; ranks of a node are consecutive and as many as the GPUs it shows."""
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    return this_device()
 
 
-def communication_backend(device: torch.device) -> str:
-    """Name of the torch.distributed backend for tensors on `device`."""
-    return "nccl" if device.type == "cuda" else "gloo"
+def communication_backend() -> str:
+    """Name of the torch.distributed backend for tensors on this rank's device."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def peak_flops() -> float | None:

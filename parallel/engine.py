@@ -101,7 +101,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class RowScores:
-    """How the model predicts each row, the same on every rank; rows of all data ranks in order of data rank.
+    """How the model predicts each row; the same on every rank, on the CPU, rows in order of data rank.
 
     Attributes:
         sample_ids_B: whose row it is.
@@ -178,7 +178,7 @@ def make_engine(
         model: shape of the model.
         engine: how it is spread; `engine.mesh` is already resolved into `mesh`.
         optim: AdamW settings, or None for an engine that only scores (no gradient buffers, no optimizer).
-        mesh: the axes; its world size is that of the initialised default process group.
+        mesh: the axes; the one that `groups.initialise` entered.
         micro_batch: rows of every micro-batch (pipeline buffers have a fixed shape).
     """
     match engine.backend:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
@@ -36,12 +35,14 @@ def initialise(mesh: Mesh, *, virtual_pipeline: int = 1, timeout_seconds: float 
 
 def open_world(init_method: str, *, rank: int, world_size: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     """Make the default process group; `init_method` as in torch, e.g. `tcp://ADDRESS:PORT`."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
+        communication_backend(),
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
     )
-    device = select_device(dist.get_rank())
-    assert communication_backend(device) == backend
+    select_device(dist.get_rank())
 
 
 def enter_mesh(mesh: Mesh, *, virtual_pipeline: int = 1, timeout_seconds: float = TIMEOUT_SECONDS) -> None:

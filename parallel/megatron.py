@@ -21,7 +21,7 @@ from conf.schema import EngineConfig, ModelConfig, OptimConfig
 from data.batch import Batch
 from parallel import device, weight_names
 from parallel.boxes import Box, share_of_replica
-from parallel.cpu import adapt_megatron
+from parallel.cpu import adapt_megatron, tensors_as_on_cuda
 from parallel.engine import LossSums, Objective, Piece, RowScores, StepResult, TensorSource
 from parallel.groups import megatron_coordinate
 from parallel.inputs import Inputs, inputs_of_rank
@@ -54,7 +54,8 @@ class MegatronEngine:
         self._device = device.this_device()
         self._tensor_group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
         self._is_last = self.coordinate.pipeline == mesh.pipeline - 1
-        self._chunks = build_chunks(model, engine, mesh)
+        with tensors_as_on_cuda():
+            self._chunks = build_chunks(model, engine, mesh)
         self._parameters = dict(self._named_boxes(model))
         self._models: list[Any] = self._chunks
         self._adam: ShardedAdam | None = None
@@ -84,17 +85,18 @@ class MegatronEngine:
     def _wrap_chunks(self) -> list[Any]:
         engine = self._engine
         config = self._chunks[0].config
-        models = []
-        for index, chunk in enumerate(self._chunks):
-            num_elements = sum(parameter.numel() for parameter in chunk.parameters())
-            ddp_config = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=engine.overlap,
-                overlap_param_gather=engine.overlap and engine.distributed_optimizer,
-                use_distributed_optimizer=engine.distributed_optimizer,
-                bucket_size=min(LARGEST_BUCKET, -(-num_elements // BUCKETS_TO_OVERLAP)),
-            )
-            models.append(DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0))
+        num_elements = max(sum(parameter.numel() for parameter in chunk.parameters()) for chunk in self._chunks)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=engine.overlap,
+            overlap_param_gather=engine.overlap and engine.distributed_optimizer,
+            use_distributed_optimizer=engine.distributed_optimizer,
+            bucket_size=min(LARGEST_BUCKET, -(-num_elements // BUCKETS_TO_OVERLAP)),
+        )
+        models = [
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(self._chunks)
+        ]
         config.finalize_model_grads_func = _reduce_gradients
         if engine.overlap:
             no_sync = [model.no_sync for model in models]
@@ -145,7 +147,7 @@ class MegatronEngine:
         # The interleaved schedule takes multiples of the pipeline size; what is added is dropped again.
         virtual = self._engine.mesh.virtual_pipeline > 1
         padding = -len(micro_batches) % self.mesh.pipeline if virtual else 0
-        padded = [*micro_batches, *[micro_batches[-1]] * padding]
+        padded = [*micro_batches, *list(micro_batches[-1:]) * padding]
         rows: list[Tensor] = self._run(padded, partial(_row_scores, self._tensor_group), forward_only=True)
         for model in self._models:
             model.train()
@@ -160,8 +162,8 @@ class MegatronEngine:
                 ids[mine] = torch.cat([torch.from_numpy(batch.sample_ids_B) for batch in micro_batches])
         dist.all_reduce(table)
         dist.all_reduce(ids)
-        loss_B, correct_B, num_tokens_B = table.view(-1, 3).unbind(1)
-        return RowScores(sample_ids_B=ids.view(-1), loss_B=loss_B, correct_B=correct_B, num_tokens_B=num_tokens_B)
+        loss_B, correct_B, num_tokens_B = table.view(-1, 3).cpu().unbind(1)
+        return RowScores(sample_ids_B=ids.view(-1).cpu(), loss_B=loss_B, correct_B=correct_B, num_tokens_B=num_tokens_B)
 
     def _run(
         self,
@@ -210,8 +212,8 @@ class MegatronEngine:
 
     def weights(self) -> Iterator[Piece]:
         """See `Engine.weights`."""
-        if self._adam is not None and self._adam.distributed:
-            # With overlap the updated shards are gathered only in the next forward pass.
+        if self._adam is not None and self._adam.distributed and self._engine.overlap:
+            # The updated shards would be gathered only in the next forward pass.
             for model in self._models:
                 model.start_param_sync(force_sync=True)
         return self._weight_pieces()

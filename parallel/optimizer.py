@@ -19,7 +19,7 @@ from torch import Tensor
 
 from conf.schema import EngineConfig, OptimConfig
 from parallel import adam
-from parallel.cpu import types_as_on_cuda
+from parallel.cpu import tensors_as_on_cuda
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class ShardedAdam:
             use_distributed_optimizer=engine.distributed_optimizer,
             overlap_param_gather=engine.distributed_optimizer and engine.overlap,
         )
-        with types_as_on_cuda():
+        with tensors_as_on_cuda():
             self.wrapper = self._wrap(chunks, config)
         self.wrapper.tp_group = parallel_state.get_tensor_model_parallel_group()
         adam.make_state(self.adam)

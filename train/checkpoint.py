@@ -3,7 +3,7 @@
     step-00000120/
         manifest.json                   written last: without it, this is no checkpoint
         weights/rank-00000.safetensors  the model under its canonical names: all that crosses stages and engines
-        weights/rank-00000.json         table of the pieces in that file, each with its sha256
+        weights/rank-00000.json         table of the pieces in that file, each with its hash
         weights/rank-00001.safetensors  ...
         resume/rank-00000.safetensors   optimizer state, likewise
         resume/rank-00000.json
@@ -85,7 +85,11 @@ class StoredTensors:
         for index in tensor.files:
             if not missing:
                 break
-            missing = self._fill(values, name, box, missing, self.file(index))
+            file = self.file(index)
+            for piece in file.pieces_of(name):
+                if Box(piece.offset, piece.shape) == box:
+                    return file.read(piece, box)
+            missing = self._fill(values, name, box, missing, file)
         if missing:
             raise CheckpointError(f"{self._root}: no file holds {name}{missing[0]}; the checkpoint is incomplete.")
         return values

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from conf.errors import CheckpointError, UserError
 from train.checkpoint import Checkpoint, StoredTensors, checkpoints_in, step_of
@@ -48,14 +49,14 @@ def list_checkpoints(path: Path, console: Console) -> int:
     for title in ("step", "tokens", "size"):
         table.add_column(title, justify="right")
     table.add_column("saved")
-    table.add_column("files")
+    table.add_column("files", overflow="fold")
     for found in _checkpoints_at(path):
         name = found.name if found == path else str(found.relative_to(path))
         try:
             checkpoint = Checkpoint.open(found)
             manifest = checkpoint.manifest
         except CheckpointError as error:
-            table.add_row(name, "", "", "", "", "", f"[red]{error}")
+            table.add_row(name, "", "", "", "", "", Text(str(error), style="red"))
             continue
         table.add_row(
             name,
@@ -79,7 +80,7 @@ def show_checkpoint(path: Path, console: Console) -> int:
         ("run", f"{provenance.run} (recipe {provenance.recipe}, stage {provenance.stage})"),
         ("position", f"step {manifest.step:,}, {manifest.samples:,} samples, {manifest.tokens:,} tokens"),
         ("saved", _time(manifest.saved_at)),
-        ("size", f"{_size(checkpoint.num_bytes)} by {checkpoint.weights.num_files} ranks"),
+        ("size", f"{_size(checkpoint.num_bytes)} from {checkpoint.weights.num_files} rank(s)"),
         ("sha256", checkpoint.manifest_sha256),
         ("model", _fields(asdict(provenance.model))),
         ("engine", _fields(asdict(provenance.engine))),
@@ -87,7 +88,7 @@ def show_checkpoint(path: Path, console: Console) -> int:
         ("data", _fields(provenance.data)),
         ("parents", "\n".join(f"{parent.path} ({parent.manifest_sha256[:12]})" for parent in provenance.parents)),
     ):
-        summary.add_row(title, value)
+        summary.add_row(title, Text(value))
     console.print(summary)
     for half, tensors in (("weights", checkpoint.weights), ("resume", checkpoint.resume)):
         console.print(_tensor_table(half, tensors))
@@ -108,7 +109,7 @@ def verify_checkpoints(path: Path, console: Console) -> int:
                 checkpoint.verify(on_file=partial(progress.advance, task))
             except CheckpointError as error:
                 num_damaged += 1
-                progress.console.print(f"[red]{error}", soft_wrap=True, highlight=False)
+                progress.console.print(Text(str(error), style="red"), soft_wrap=True)
     console.print(f"{len(found) - num_damaged} of {len(found)} intact")
     return 1 if num_damaged else 0
 
@@ -124,18 +125,18 @@ def _checkpoints_at(path: Path) -> list[Path]:
     return found
 
 
-def _state_of_files(checkpoint: Checkpoint) -> str:
+def _state_of_files(checkpoint: Checkpoint) -> Text:
     try:
         checkpoint.check_files()
     except CheckpointError as error:
-        return f"[red]{error}"
-    return "[green]complete"
+        return Text(str(error), style="red")
+    return Text("complete", style="green")
 
 
 def _tensor_table(title: str, tensors: StoredTensors) -> Table:
     table = Table("tensor", "shape", title=title)
     for name, shape in tensors.shapes().items():
-        table.add_row(name, " x ".join(map(str, shape)) or "scalar")
+        table.add_row(Text(name), " x ".join(map(str, shape)) or "scalar")
     return table
 
 

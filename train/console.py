@@ -159,7 +159,9 @@ def _evaluation_table(summary: RunSummary) -> Table:
         cells = []
         for source in summary.sources:
             score = scores.get((model, source))
-            text = f"{estimate(score['loss'], score['standard_error'])} {percent(score['accuracy']):>7}" if score else ""
+            text = (
+                f"{estimate(score['loss'], score['standard_error'])} {percent(score['accuracy']):>7}" if score else ""
+            )
             cells.append(f"[bold green]{text}[/]" if score and score["loss"] == best[source] else text)
         table.add_row(escape(model), *cells, style="dim" if summary.is_baseline(model) else "")
     return table

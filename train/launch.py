@@ -172,7 +172,7 @@ class Gang:
             for _ in range(self.ranks_per_node)
         ]
         where = ray.get([actor.where.remote() for actor in actors])
-        seats = [_Seat(actor=actor, node=node, address=address) for actor, (node, address) in zip(actors, where)]
+        seats = [_Seat(actor=actor, node=node, address=address) for actor, (node, address) in zip(actors, where, strict=True)]
         # Bundles come in no particular order; ranks of a node stay together and nodes go by address, so that a
         # restart on the same nodes gives every rank its old place.
         self._seats = sorted(seats, key=lambda seat: (_address_key(seat.address), seat.node))

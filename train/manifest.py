@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 HalfName = Literal["weights", "resume"]
 DtypeCode = Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 # A name that could leave the checkpoint's directory does not fit the pattern.
 FileName = Annotated[str, Field(pattern=r"^(weights|resume)/rank-[0-9]{5,}\.safetensors$")]
 Size = Annotated[int, Field(ge=0)]
@@ -82,7 +83,7 @@ class StoredPiece:
         shape: of the box.
         begin: first byte in the file.
         num_bytes: of the box.
-        sha256: of those bytes.
+        xxh3: 128-bit hash of those bytes.
     """
 
     name: str
@@ -92,7 +93,7 @@ class StoredPiece:
     shape: Indices
     begin: Size
     num_bytes: Size
-    sha256: Sha256
+    xxh3: Xxh3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +103,7 @@ class PieceTable:
     file: FileName
     num_bytes: Size
     header_bytes: Size
-    header_sha256: Sha256
+    header_xxh3: Xxh3
     pieces: tuple[StoredPiece, ...]
 
 

@@ -151,7 +151,7 @@ class Export(TypedDict):
 
 
 class StageEnded(TypedDict):
-    """A stage came to its end."""
+    """A stage came to its end; one that was stopped or failed has none."""
 
     kind: Literal["stage_ended"]
     time: NotRequired[float]

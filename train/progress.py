@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from train.metrics import Follower, Message, Record, StageEnded, StageStarted, Step, Validation
+from train.metrics import Follower, Message, Record, StageStarted, Step, Validation
 from train.quantities import count, duration, rate
 
 PLAIN_LINE_SECONDS = 10.0
@@ -106,6 +106,8 @@ class Display:
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.update()
+        if self.stage is not None:
+            self._say(_ending(self.stage, ("unfinished", "yellow")))
         self._ended = True
         if self._live:
             self._live.stop()
@@ -134,7 +136,7 @@ class Display:
             case "evaluation" if self.stage:
                 self.stage.num_scores += 1
             case "stage_ended" if self.stage:
-                self._say(_ending(self.stage, record))
+                self._say(_ending(self.stage, ("done", "green"), duration(record["seconds"])))
                 self.stage = None
             case "message":
                 self._say(_message(record))
@@ -205,16 +207,13 @@ def _scope(started: StageStarted) -> str:
     return f": {count(started['num_parameters'])} parameters, {started['num_steps']:,} steps{resumed}"
 
 
-def _ending(stage: StageProgress, ended: StageEnded) -> Text:
+def _ending(stage: StageProgress, how: tuple[str, str], *more: str) -> Text:
     num_steps = stage.started["num_steps"]
-    stopped = stage.step < num_steps
-    how = ("stopped", "yellow") if stopped else ("done", "green")
     said = [f"{stage.step:,}/{num_steps:,} steps"] if num_steps else []
     said += [f"loss {stage.last['loss']:.3f}"] if stage.last else []
     said += [f"held-out {stage.held_out['loss']:.3f}"] if stage.held_out else []
     said += [f"{stage.num_scores} scores"] if stage.num_scores else []
-    said.append(duration(ended["seconds"]))
-    return Text.assemble((ended["stage"], "bold"), "  ", how, "  ", "  ".join(said))
+    return Text.assemble((stage.started["stage"], "bold"), "  ", how, "  ", "  ".join([*said, *more]))
 
 
 def _message(message: Message) -> Text:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import Tensor
 
 from conf.errors import CheckpointError
 from parallel.engine import Piece
@@ -48,7 +47,7 @@ from train.manifest import (
     table_path,
     write_durably,
 )
-from train.tensor_file import StagedFile, stage_file, write_file
+from train.tensor_file import HostBuffer, StagedFile, stage_file, write_file
 
 _HALVES: tuple[HalfName, ...] = get_args(HalfName)
 _SHORTEST_POLL_SECONDS = 0.005
@@ -94,7 +93,7 @@ class Saver:
         self._world_size = world_size
         self._keep = keep
         self._timeout_seconds = timeout_seconds
-        self.buffers: dict[HalfName, Tensor] = {}
+        self._buffers = {half: HostBuffer() for half in _HALVES}
         self._num_saves = 0
         self._thread: threading.Thread | None = None
         self._pending: Future[Path] | None = None
@@ -145,7 +144,10 @@ class Saver:
             samples=samples,
             tokens=tokens,
             provenance=provenance,
-            staged=(self._stage("weights", weights), self._stage("resume", resume)),
+            staged=tuple(
+                stage_file(file_name(half, self.rank), list(pieces), self._buffers[half])
+                for half, pieces in zip(_HALVES, (weights, resume), strict=True)
+            ),
         )
         self._pending = Future()
         # A daemon: a rank that fails for another reason exits at once instead of waiting for its peers' files.
@@ -165,14 +167,6 @@ class Saver:
         pending, self._thread, self._pending = self._pending, None, None
         pending.result()
 
-    def _stage(self, half: HalfName, pieces: Iterable[Piece]) -> StagedFile:
-        def allocate(num_bytes: int, pinned: bool) -> Tensor:
-            if half not in self.buffers or self.buffers[half].numel() < num_bytes:
-                self.buffers[half] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
-            return self.buffers[half][:num_bytes]
-
-        return stage_file(file_name(half, self.rank), list(pieces), allocate)
-
     def _run(self, save: _Save, pending: Future[Path]) -> None:
         try:
             self._write(save)
@@ -183,7 +177,7 @@ class Saver:
         except Exception as error:
             reason = error
             if isinstance(error, OSError):
-                reason = CheckpointError(f"cannot write {error.filename or save.partial}: {error.strerror}")
+                reason = CheckpointError(f"cannot save {save.target}: {error.strerror} ({error.filename})")
             self._give_up(save, str(reason))
             pending.set_exception(reason)
         else:
@@ -234,8 +228,8 @@ class Saver:
                 raise CheckpointError(notes[0].read_text())
             if waited > self._timeout_seconds:
                 raise CheckpointError(
-                    f"rank {self.rank} waited {self._timeout_seconds:.0f} s for the other ranks' files in "
-                    f"{save.partial} ({', '.join(_progress(save.partial, self._world_size))}). "
+                    f"waited {self._timeout_seconds:.0f} s for the other ranks' files in {save.partial} "
+                    f"({', '.join(_progress(save.partial, self._world_size))}). "
                     "Do all nodes share this directory?"
                 )
             # Looks often at first and seldom later: 5 % late at most, and thousands of ranks do not flood a server.

@@ -151,16 +151,17 @@ def _stages(records: Sequence[Record]) -> list[StageSummary]:
 
 def _stage(records: Sequence[Record], started: StageStarted) -> StageSummary:
     name = started["stage"]
-    steps = steps_of(records, name)
-    ended = [record for record in records if record["kind"] == "stage_ended" and record["stage"] == name]
-    # A stage that was asked to stop also writes its end, but has steps left.
-    reached_last = not started["num_steps"] or bool(steps and steps[-1]["step"] >= started["num_steps"])
+    borders = [
+        record["kind"]
+        for record in records
+        if record["kind"] in ("stage_started", "stage_ended") and record.get("stage") == name
+    ]
     return StageSummary(
         started=started,
-        steps=steps,
+        steps=steps_of(records, name),
         validations=validations_of(records, name),
         seconds=_seconds_of_stage(records, name),
-        done=bool(ended) and reached_last,
+        done=borders[-1] == "stage_ended",
     )
 
 

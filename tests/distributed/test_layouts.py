@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,12 @@ from parallel.engine import Engine, LossSums, StepResult
 from parallel.initial import InitialWeights
 from parallel.loss import CrossEntropy
 
+# About 70 s on two quiet cores; a rank that hangs is found sooner, by the collectives' own limit.
+LIMIT_SECONDS = 400.0
+pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
+
 NUM_STEPS = 20
+FEW_STEPS = 6
 HELD_OUT = 1000  # a step that is never trained on
 
 FP32 = {
@@ -29,13 +34,16 @@ FP32 = {
     "data": Layout(data=2),
     "data-overlap": Layout(data=2, overlap=True),
     "data-sharded": Layout(data=2, distributed_optimizer=True, overlap=True),
+    "tensor x pipeline x data": Layout(
+        tensor=2, pipeline=2, data=2, sequence_parallel=True, distributed_optimizer=True, overlap=True
+    ),
+}
+# Fewer steps: what is wrong with a combination shows at once.
+COMBINED = {
     "context-sharded": Layout(context=2, distributed_optimizer=True),
     "context x tensor": Layout(context=2, tensor=2, sequence_parallel=True),
     "context x pipeline": Layout(context=2, pipeline=2),
     "pipeline 4": Layout(pipeline=4, recompute="full"),
-    "tensor x pipeline x data": Layout(
-        tensor=2, pipeline=2, data=2, sequence_parallel=True, distributed_optimizer=True, overlap=True
-    ),
     "tensor x interleaved x context": Layout(
         tensor=2, pipeline=2, virtual_pipeline=2, context=2, recompute="selective"
     ),
@@ -68,10 +76,10 @@ RESUMED = {
 
 @dataclass(frozen=True)
 class Curve:
-    """What training looked like on a rank."""
+    """What training looked like on a rank, and how held-out rows scored after it."""
 
     steps: list[StepResult]
-    held_out: Any = None
+    held_out: dict[str, list[float]]
 
     def losses(self) -> list[float]:
         return [step.loss for step in self.steps]
@@ -95,18 +103,21 @@ def everything() -> dict[str, Any]:
         with smaller_world(size, f"world of {size}") as inside:
             if inside:
                 _runs_of_size(size, found)
+    found.pop("state", None)
     return found
 
 
 def _runs_of_size(size: int, found: dict[str, Any]) -> None:
     for family, model, layouts in (
         ("fp32", MODEL, FP32 | {"one": Layout()}),
+        ("few", MODEL, COMBINED | {"one": Layout()}),
         ("bf16", MODEL, BF16 | {"one": Layout(precision="bf16")}),
         ("tied", TIED, TIED_FP32 | {"one": Layout()}),
     ):
+        num_steps = NUM_STEPS if family in ("fp32", "bf16") else FEW_STEPS
         for name, layout in layouts.items():
             if layout.mesh.world_size == size:
-                found[f"{family}/{name}"] = _on_mesh(layout, _train_and_score, model)
+                found[f"{family}/{name}"] = _on_mesh(layout, _train_and_score, model, num_steps)
     for name, layout in RESUMED.items():
         if layout.mesh.world_size == size:
             found[f"resumed/{name}"] = _on_mesh(layout, _train_and_resume)
@@ -135,12 +146,12 @@ def _fresh(layout: Layout, model: ModelConfig = MODEL) -> Engine:
     return engine
 
 
-def _train_and_score(layout: Layout, model: ModelConfig) -> Curve:
+def _train_and_score(layout: Layout, model: ModelConfig, num_steps: int) -> Curve:
     engine = _fresh(layout, model)
-    steps = train(engine, range(NUM_STEPS))
+    steps = train(engine, range(num_steps))
     rows = engine.score(batches(HELD_OUT, engine.mesh, engine.coordinate.data))
     engine.close()
-    return Curve(steps, rows)
+    return Curve(steps, {field.name: getattr(rows, field.name).tolist() for field in fields(rows)})
 
 
 def _save(engine: Engine) -> tuple[Tensors, Tensors]:
@@ -180,7 +191,7 @@ def _continue(layout: Layout, state: tuple[Tensors, Tensors] | None, part: int, 
     steps = train(engine, range(5 * part, 5 * part + 5))
     found["state"] = _save(engine)
     engine.close()
-    return Curve(steps)
+    return Curve(steps, {})
 
 
 def _blow_up(layout: Layout) -> dict[str, Any]:
@@ -190,10 +201,15 @@ def _blow_up(layout: Layout) -> dict[str, Any]:
     objective = NotANumber() if engine.coordinate.data == 1 else CrossEntropy()
     with pytest.raises(FloatingPointError, match="not finite"):
         engine.step(mine, objective, learning_rate=1.0)
-    after = train(engine, range(3, NUM_STEPS))
+    uncounted = [replace(batch, loss_mask_BS=0 * batch.loss_mask_BS) for batch in mine]
+    with pytest.raises(ValueError, match="no counted token"):
+        engine.step(uncounted, CrossEntropy(), learning_rate=1.0)
+    with pytest.raises(ValueError, match="at least one"):
+        engine.score([])
+    after = train(engine, range(3, FEW_STEPS))
     stopped = engine.step(mine, CrossEntropy(), learning_rate=0.0, stop=dist.get_rank() == 2)
     engine.close()
-    return {"curve": Curve(before + after), "stop": [step.stop for step in before], "stopped": stopped.stop}
+    return {"curve": Curve(before + after, {}), "stop": [step.stop for step in before], "stopped": stopped.stop}
 
 
 def _teacher_and_student(layout: Layout) -> dict[str, Any]:
@@ -203,17 +219,17 @@ def _teacher_and_student(layout: Layout) -> dict[str, Any]:
     student = _fresh(layout, narrow)
     questions = batches(HELD_OUT, layout.mesh, 0)
     before = teacher.score(questions)
-    losses = [step.loss for step in train(student, range(NUM_STEPS))]
+    losses = [step.loss for step in train(student, range(FEW_STEPS))]
     after = teacher.score(questions)
     same = torch.equal(before.loss_B, after.loss_B)
     teacher.close()
     student.close()
-    return {"teacher unchanged": same, "student losses": losses, "teacher": before}
+    return {"teacher unchanged": same, "student losses": losses}
 
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return [{key: value for key, value in found.items() if key != "state"} for found in run_ranks(everything, 8)]
+    return run_ranks(everything, 8, limit_seconds=LIMIT_SECONDS)
 
 
 @pytest.fixture
@@ -246,19 +262,25 @@ def test_tied_embeddings_stay_tied(found, name):
     assert other.grad_norms() == pytest.approx(one.grad_norms(), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", FP32)
+@pytest.mark.parametrize("name", COMBINED)
+def test_combined_axes_are_on_the_same_curve(found, name):
+    one, other = found["few/one"], found[f"few/{name}"]
+    assert other.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert other.grad_norms() == pytest.approx(one.grad_norms(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [*(f"fp32/{name}" for name in FP32), *(f"few/{name}" for name in COMBINED)])
 def test_held_out_rows_score_the_same_in_the_same_order(found, name):
-    one, other = found["fp32/one"].held_out, found[f"fp32/{name}"].held_out
-    assert torch.equal(other.sample_ids_B, one.sample_ids_B)
-    assert torch.equal(other.num_tokens_B, one.num_tokens_B)
-    assert other.loss_B.tolist() == pytest.approx(one.loss_B.tolist(), abs=1e-3)
+    one, other = found[f"{name.split('/')[0]}/one"].held_out, found[name].held_out
+    assert other["sample_ids_B"] == one["sample_ids_B"]
+    assert other["num_tokens_B"] == one["num_tokens_B"]
+    assert other["loss_B"] == pytest.approx(one["loss_B"], abs=1e-3)
 
 
 def test_every_rank_is_told_the_same(ranks):
     for name, layout in FP32.items():
-        told = [ranks[rank][f"fp32/{name}"] for rank in range(layout.mesh.world_size)]
-        assert all(rank.steps == told[0].steps for rank in told)
-        assert all(torch.equal(rank.held_out.loss_B, told[0].held_out.loss_B) for rank in told)
+        for rank in range(layout.mesh.world_size):
+            assert ranks[rank][f"fp32/{name}"] == ranks[0][f"fp32/{name}"]
 
 
 def test_run_resumed_with_half_the_ranks_again_and_again_is_on_the_same_curve(found):
@@ -277,7 +299,7 @@ def test_run_resumed_on_the_same_layout_is_equal_to_the_last_bit(found, name):
 def test_step_that_is_not_finite_is_refused_on_all_ranks_and_changes_nothing(ranks):
     for rank in range(4):
         curve = ranks[rank]["not finite"]["curve"]
-        assert curve.losses() == pytest.approx(ranks[0]["fp32/one"].losses(), abs=1e-5)
+        assert curve.losses() == pytest.approx(ranks[0]["few/one"].losses(), abs=1e-5)
 
 
 def test_one_rank_asking_to_stop_stops_all(ranks):
@@ -289,4 +311,4 @@ def test_one_rank_asking_to_stop_stops_all(ranks):
 def test_two_models_live_in_one_process(found):
     result = found["two engines"]
     assert result["teacher unchanged"]
-    assert result["student losses"][-1] < result["student losses"][0] - 0.3
+    assert result["student losses"][-1] < result["student losses"][0] - 0.01

@@ -110,6 +110,22 @@ def test_file_of_another_size_is_refused(tmp_path, harm):
             read()
 
 
+def test_tensor_larger_than_what_is_read_at_once_is_checked_and_read(tmp_path):
+    tensor = torch.randn(1001, 1003)
+    checkpoint = save_alone(tmp_path, 1, {"large": tensor})
+    checkpoint.verify()
+    for rows in (slice(0, 1001), slice(7, 990), slice(1000, 1001)):
+        assert torch.equal(
+            checkpoint.weights.read("large", (rows.start, 3), (rows.stop - rows.start, 1000)), tensor[rows, 3:]
+        )
+    path = checkpoint.path / "weights/rank-00000.safetensors"
+    contents = bytearray(path.read_bytes())
+    contents[-1] ^= 128
+    path.write_bytes(contents)
+    with pytest.raises(CheckpointError, match=r"tensor large\[0:1001, 0:1003\] is damaged"):
+        checkpoint.verify()
+
+
 def test_safetensors_library_opens_the_files(tmp_path):
     tensors = sample_tensors()
     checkpoint = save_alone(tmp_path, 1, tensors)

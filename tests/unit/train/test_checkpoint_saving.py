@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from conf.errors import CheckpointError
 from parallel.engine import Piece
 from train.checkpoint import Checkpoint, checkpoints_in, newest_verified
 from train.saver import Saver
+from train.tensor_file import HostBuffer
 
 
 @contextmanager
@@ -205,11 +208,23 @@ def test_save_interrupted_after_its_manifest_is_finished_by_the_next_run(tmp_pat
     assert steps_in(tmp_path) == [5]
 
 
-def test_memory_is_used_again_by_the_next_save(tmp_path):
-    saver = Saver(tmp_path, rank=0, world_size=1, keep=1)
-    save(saver, 1, sample_tensors())
-    saver.wait()
-    first = {half: buffer.data_ptr() for half, buffer in saver.buffers.items()}
-    save(saver, 2, sample_tensors())
-    saver.wait()
-    assert {half: buffer.data_ptr() for half, buffer in saver.buffers.items()} == first
+def test_memory_is_used_again_by_the_next_save_of_the_same_size():
+    buffer = HostBuffer()
+    addresses = {buffer.take(num_bytes, pinned=False).data_ptr() for num_bytes in (100_000, 7, 100_000)}
+    assert len(addresses) == 1 and addresses.pop() % 4096 == 0
+    assert buffer.take(200_000, pinned=False).numel() == 49 * 4096
+
+
+def test_file_system_without_direct_writing_is_written_to_all_the_same(tmp_path, monkeypatch):
+    refused = []
+
+    def open_buffered_only(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            refused.append(path)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_open(path, flags, *rest)
+
+    real_open = os.open
+    monkeypatch.setattr("train.tensor_file.os.open", open_buffered_only)
+    save_alone(tmp_path, 1, sample_tensors()).verify()
+    assert len(refused) == 2

@@ -69,10 +69,10 @@ def test_messages_are_shown_with_their_level(tmp_path: Path) -> None:
     assert "error: rank 1 died: killed by signal 9" in lines
 
 
-def test_a_stage_that_was_asked_to_stop_is_not_called_done(tmp_path: Path) -> None:
-    records = [*partial_run()[:-2], {"kind": "stage_ended", "time": 0.0, "stage": "pretrain", "seconds": 9.0}]
-    lines = shown(tmp_path / "m.jsonl", records, seconds_a_record=0.0)
-    assert "stopped" in lines[-1] and "40/120" in lines[-1] and "done" not in lines[-1]
+def test_a_stage_without_an_end_is_called_unfinished(tmp_path: Path) -> None:
+    lines = shown(tmp_path / "m.jsonl", partial_run(), seconds_a_record=0.0)
+    assert "unfinished" in lines[-1] and "40/120" in lines[-1]
+    assert not any("done" in line for line in lines)
 
 
 def test_records_of_earlier_attempts_are_not_shown(tmp_path: Path) -> None:

@@ -1,0 +1,267 @@
+"""Whole runs through the command line: what a user types, what is on the screen, what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.command_line import (
+    TINY_FOUNDATION,
+    TINY_MODEL,
+    Ended,
+    environment,
+    has_step,
+    losses,
+    records,
+    run_in,
+    started,
+    train,
+    wait_for,
+)
+
+pytestmark = pytest.mark.timeout(420)
+NEVER = "1000000000"
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(runs_dir: Path) -> Ended:
+    """A business rehearsal where there is no foundation yet, on a host where another Ray cluster is said to run."""
+    ended = train(
+        runs_dir,
+        "recipe=business_module",
+        *TINY_MODEL,
+        "stages.specialise.training.tokens=10240",
+        "stages.specialise.training.validation_tokens=2000",
+        "stages.evaluate.tokens=2000",
+        "tracking.mode=offline",
+        seconds=300,
+        RAY_ADDRESS="127.0.0.1:9",
+    )
+    assert ended.code == 0, ended.output
+    return ended
+
+
+def test_a_module_rehearses_its_foundation_first_and_ends_with_everything_promised(whole: Ended, runs_dir: Path):
+    foundation = run_in(runs_dir, "foundation")
+    assert foundation is not None
+    assert "Rehearsal of business_module" in whole.output
+    assert "256 x H200" in whole.output
+    assert "There is no finished foundation run" in whole.output
+    assert (whole.run / "report.html").stat().st_size > 10_000
+    assert list((whole.run / "wandb").rglob("*.wandb"))
+    assert json.loads((whole.run / "status.json").read_text())["status"] == "finished"
+    assert json.loads((whole.run / "config.json").read_text())["init"].startswith(str(foundation))
+    scored = {(each["model"], each["source"]) for each in records(whole.run, "evaluation")}
+    assert {("init", "business"), ("specialise", "business")} <= scored
+
+
+def test_losses_of_both_recipes_fall(whole: Ended, runs_dir: Path):
+    foundation = run_in(runs_dir, "foundation")
+    assert foundation is not None
+    curve = losses(foundation)
+    first, last = min(curve), max(curve)
+    assert curve[last] < curve[first]
+
+
+def test_the_exported_model_predicts_in_transformers_as_it_did_here(whole: Ended):
+    """Logits on real text: loss by document of our evaluation against the exported model's own."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from data.held_out import held_out_batches
+    from data.shards import Dataset
+
+    model = AutoModelForCausalLM.from_pretrained(whole.run / "export").eval()
+    tokenizer = AutoTokenizer.from_pretrained(whole.run / "export")
+    text = "The economy of the country"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    dataset = Dataset.open(Path(json.loads((whole.run / "datasets.json").read_text())["business"]))
+    loss, count = 0.0, 0.0
+    with torch.no_grad():
+        for batch in held_out_batches(dataset, tokens=2000, sequence_length=64, micro_batch=4):
+            logits = model(torch.from_numpy(batch.tokens_BS)).logits.double()
+            each = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), torch.from_numpy(batch.labels_BS).flatten(), reduction="none"
+            )
+            mask = torch.from_numpy(batch.loss_mask_BS).flatten().double()
+            loss, count = loss + float(each @ mask), count + float(mask.sum())
+    ours = next(
+        each
+        for each in records(whole.run, "evaluation")
+        if each["model"] == "specialise" and each["source"] == "business"
+    )
+    assert count == ours["num_tokens"]
+    assert loss / count == pytest.approx(ours["loss"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The loss curve of twenty steps on one rank, without interruption."""
+    ended = train(tmp_path_factory.mktemp("reference"), *TINY_FOUNDATION, "engine.mesh.data=1")
+    assert ended.code == 0, ended.output
+    return losses(ended.run)
+
+
+def test_two_runs_at_once_on_one_machine_and_both_launchers_follow_the_same_curve(
+    tmp_path: Path, reference: dict[int, float]
+):
+    layouts = {
+        "gang": ("engine.mesh.tensor=2", "engine.mesh.pipeline=1"),
+        "ray_train": ("engine.mesh.pipeline=2", "engine.mesh.virtual_pipeline=2"),
+    }
+    logs = {name: tmp_path / f"{name}.txt" for name in layouts}
+    first = started(tmp_path / "gang", *TINY_FOUNDATION, *layouts["gang"], log=logs["gang"])
+    second = started(
+        tmp_path / "ray_train", *TINY_FOUNDATION, *layouts["ray_train"], "launcher=ray_train", log=logs["ray_train"]
+    )
+    with first as one, second as two:
+        codes = one.wait(300), two.wait(300)
+    assert codes == (0, 0), logs["gang"].read_text() + logs["ray_train"].read_text()
+    for name in layouts:
+        run = run_in(tmp_path / name, "foundation")
+        assert run is not None
+        assert losses(run) == pytest.approx(reference, abs=1e-5)
+
+
+def test_killed_runs_resume_to_the_same_curve_past_a_damaged_checkpoint(tmp_path: Path, reference: dict[int, float]):
+    """SIGKILL of the driver at step 12 or later, one flipped byte in the newest checkpoint, another mesh after it."""
+    slow = [each for each in TINY_FOUNDATION if "tokens=10240" not in each]
+    overrides = [*slow, "stages.pretrain.training.tokens=10240", "stages.pretrain.training.checkpoint_every_steps=4"]
+    with started(tmp_path, *overrides, "engine.mesh.data=2", log=tmp_path / "first.txt") as process:
+        wait_for(lambda: has_step(tmp_path, "foundation", 9), 120, "step 9")
+        run = run_in(tmp_path, "foundation")
+        assert run is not None
+        checkpoints = run / "stages" / "pretrain" / "checkpoints"
+        wait_for(lambda: len(list(checkpoints.glob("step-*/manifest.json"))) == 2, 20, "two checkpoints")
+        os.kill(process.pid, signal.SIGKILL)
+    newest = sorted(checkpoints.glob("step-*/manifest.json"))[-1].parent
+    file = newest / "weights" / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    ended = train(tmp_path, "recipe=foundation", "resume=latest", "engine.mesh.data=1")
+    assert ended.code == 0, ended.output
+    assert ended.run == run
+    assert str(file) in ended.output
+    assert "going back to" in ended.output
+    assert losses(run) == pytest.approx(reference, abs=1e-5)
+    assert sorted(losses(run)) == list(range(1, 21))
+
+
+def test_ctrl_c_saves_exits_75_and_the_same_layout_resumes_to_the_last_bit(tmp_path: Path):
+    overrides = (*TINY_FOUNDATION, "engine.mesh.data=2")
+    with started(
+        tmp_path, *overrides, "stages.pretrain.training.checkpoint_every_steps=0", log=tmp_path / "o"
+    ) as process:
+        wait_for(lambda: has_step(tmp_path, "foundation", 3), 120, "step 3")
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 75, (tmp_path / "o").read_text()
+    run = run_in(tmp_path, "foundation")
+    assert run is not None
+    at_stop = losses(run)
+    assert max(at_stop) < 20
+    assert f"resume={run}" in (tmp_path / "o").read_text()
+    ended = train(tmp_path, "recipe=foundation", f"resume={run}")
+    assert ended.code == 0, ended.output
+    again = train(tmp_path / "whole", *overrides)
+    assert losses(run) == losses(again.run)
+
+
+def test_a_killed_rank_ends_the_run_soon_and_is_named(tmp_path: Path):
+    endless = [each for each in TINY_FOUNDATION if not each.startswith("stages.pretrain.training.tokens")]
+    with started(
+        tmp_path, *endless, f"stages.pretrain.training.tokens={NEVER}", "engine.mesh.data=2", log=tmp_path / "o"
+    ) as process:
+        wait_for(lambda: has_step(tmp_path, "foundation", 2), 120, "step 2")
+        run = run_in(tmp_path, "foundation")
+        assert run is not None
+        log = run / "logs" / "rank-00001.log"
+        found = re.search(r"process (\d+)", log.read_text())
+        assert found
+        os.kill(int(found[1]), signal.SIGKILL)
+        status = run / "status.json"
+        wait_for(lambda: json.loads(status.read_text())["status"] == "failed", 10, "the run has ended")
+        assert process.wait(60) == 1
+    output = (tmp_path / "o").read_text()
+    assert "Rank 1 failed" in output
+    assert str(log) in output
+
+
+def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(tmp_path: Path):
+    ended = train(tmp_path, *TINY_FOUNDATION, "stages.pretrain.training.optim.learning_rate=1e30", "engine.mesh.data=2")
+    assert ended.code == 1
+    assert "FloatingPointError" in ended.output
+    assert "Traceback" in ended.output
+    assert re.search(r"log +\S+rank-0000[01]\.log", ended.output)
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_launch(whole: Ended, tmp_path: Path):
+    init = json.loads((whole.run / "config.json").read_text())["init"]
+    ended = train(tmp_path, "recipe=business_module", f"init={init}", *TINY_MODEL, "model.num_layers=2")
+    assert ended.code == 2
+    assert "num_layers" in ended.output
+    assert not list(tmp_path.glob("business_module-*"))
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("not a directory")
+    ended = train(tmp_path, *TINY_FOUNDATION, f"runs_dir={tmp_path / 'file' / 'runs'}")
+    assert ended.code == 2
+    assert "runs_dir" in ended.output
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root")
+def test_a_full_disk_ends_the_run_with_the_reason_and_the_earlier_checkpoint_usable(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        # The data lives elsewhere; only checkpoints and records are on the small disk.
+        ended = train(
+            disk,
+            *TINY_FOUNDATION,
+            f"data.cache_dir={tmp_path / 'cache'}",
+            "stages.pretrain.training.checkpoint_every_steps=2",
+            "engine.mesh.data=1",
+        )
+        assert ended.code != 0
+        assert "No space left" in ended.output
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_sweeps_run_one_after_another_each_in_its_own_directory(tmp_path: Path):
+    ended = train(
+        tmp_path, *TINY_FOUNDATION, "order=[pretrain]", "stages.pretrain.training.tokens=1024", "seed=1,2", "-m"
+    )
+    assert ended.code == 0, ended.output
+    assert len(list(tmp_path.glob("foundation-*/report.html"))) == 2
+
+
+def test_checking_is_fast_to_import_and_loads_no_framework(tmp_path: Path):
+    code = (
+        "import sys; sys.argv=['train','recipe=foundation','action=check']\n"
+        "import runpy\n"
+        "try: runpy.run_module('train', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch','ray','megatron','deepspeed','wandb','matplotlib','transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from model_samples import MODEL
+
+from conf.schema import ModelConfig
+from parallel.weight_names import boxes_of_parameter, logical_shapes, num_parameters
+
+LAYER = (
+    "input_layernorm.weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_proj.weight",
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
+REPLICATED = ("layernorm.weight", "norm.weight")
+
+
+def parameters(model: ModelConfig) -> list[str]:
+    layers = [f"decoder.layers.{layer}.{name}" for layer in range(model.num_layers) for name in LAYER]
+    output = [] if model.tied_embeddings else ["output_layer.weight"]
+    return ["embedding.word_embeddings.weight", *layers, "decoder.final_layernorm.weight", *output]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tensor_size", [1, 2, 4])
+def test_tensor_ranks_hold_every_element_once_and_norms_whole(tied, tensor_size):
+    model = replace(MODEL, tied_embeddings=tied)
+    counts = {name: np.zeros(shape, dtype=int) for name, shape in logical_shapes(model).items()}
+    for tensor_rank in range(tensor_size):
+        for parameter in parameters(model):
+            for box in boxes_of_parameter(
+                model, parameter, first_layer=0, tensor_rank=tensor_rank, tensor_size=tensor_size
+            ):
+                assert box.global_shape == counts[box.name].shape
+                place = tuple(slice(start, start + size) for start, size in zip(box.offset, box.shape, strict=True))
+                counts[box.name][place] += 1
+    for name, count in counts.items():
+        assert (count == (tensor_size if name.endswith(REPLICATED) else 1)).all(), name
+
+
+def test_fused_attention_weight_is_interleaved_by_key_value_head():
+    boxes = boxes_of_parameter(
+        MODEL, "decoder.layers.1.self_attention.linear_qkv.weight", first_layer=1, tensor_rank=1, tensor_size=2
+    )
+    kinds = [box.name.removeprefix("model.layers.2.self_attn.").removesuffix("_proj.weight") for box in boxes]
+    assert kinds == ["q", "k", "v", "q", "k", "v"]
+    assert [box.offset[0] for box in boxes] == [24, 12, 12, 36, 18, 18]
+    assert [box.shape for box in boxes] == [(12, 24), (6, 24), (6, 24)] * 2
+
+
+def test_tied_model_has_no_output_weight_and_its_copy_is_the_embedding():
+    tied = replace(MODEL, tied_embeddings=True)
+    assert "lm_head.weight" not in logical_shapes(tied)
+    assert num_parameters(MODEL) - num_parameters(tied) == MODEL.vocab_size * MODEL.hidden_size
+    (box,) = boxes_of_parameter(tied, "output_layer.weight", first_layer=0, tensor_rank=0, tensor_size=1)
+    assert box.name == "model.embed_tokens.weight"
+
+
+def test_unknown_parameter_is_a_bug_that_is_noticed():
+    with pytest.raises(AssertionError, match=r"linear_fc1\.bias"):
+        boxes_of_parameter(MODEL, "decoder.layers.0.mlp.linear_fc1.bias", first_layer=0, tensor_rank=0, tensor_size=1)
