@@ -19,6 +19,7 @@ from rich.console import Console
 from conf import load
 from conf.schema import RunConfig
 from data.prepare import prepared
+from data.tokenizer import tokenizer_file
 from recipes import check
 from recipes.machine import Machine, find_machine
 from recipes.reopen import reopen
@@ -94,8 +95,10 @@ class Driver:
         self, run: RunDir, config: RunConfig, launcher: Gang | RayTrain, datasets: Future[Datasets]
     ) -> tuple[Status, RunConfig]:
         """Make sure there is a model to start from, and name its checkpoint in the configuration."""
-        if config.init is None or not config.init.startswith("recipe:"):
+        if config.init is None:
             return "finished", config
+        if not config.init.startswith("recipe:"):
+            return "finished", dataclasses.replace(config, init=str(Path(config.init).resolve()))
         recipe = config.init.removeprefix("recipe:")
         runs_dir = Path(config.runs_dir)
         path = rundir.newest_finished(runs_dir, recipe, config.model)
@@ -136,6 +139,7 @@ class Driver:
     ) -> Status:
         """Let the ranks work on one run; record, screen, W&B and report included."""
         replace_text(run.datasets_file, json.dumps(datasets.result(), indent=2))
+        shutil.copyfile(tokenizer_file(config.data.tokenizer), run.tokenizer_file)
         load.write(config, run.config_file)
         metrics = MetricsWriter(run.metrics_file)
         offset = run.metrics_file.stat().st_size
@@ -195,7 +199,9 @@ def prepare_sources(config: RunConfig) -> Datasets:
     Raises:
         DataError: a source cannot be read or does not fit the tokenizer.
     """
-    return {name: str(prepared(source, config.data).path) for name, source in config.data.sources.items()}
+    paths = {name: prepared(source, config.data).path for name, source in config.data.sources.items()}
+    # Ranks may have another working directory.
+    return {name: path if "://" in path else str(Path(path).resolve()) for name, path in paths.items()}
 
 
 def world_size_of(config: RunConfig) -> int:

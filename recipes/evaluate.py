@@ -10,15 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from conf import load
-from conf.schema import EvaluateStage, RunConfig
+from conf.schema import EvaluateStage
 from data.held_out import held_out_batches
 from data.ngram import NGram
-from data.stream import Stream
 from parallel.engine import make_engine
 from recipes.pretrain import mesh_of
 from recipes.stage import StageInput, StageOutput, open_datasets
 from train.checkpoint import Checkpoint
-from train.loop import score_documents
+from train.loop import score_documents, stream_of_stage
 from train.metrics import MetricsWriter
 from train.rundir import RunDir
 from train.scores import DocumentScores
@@ -34,7 +33,8 @@ def evaluate(given: StageInput, stage: EvaluateStage) -> StageOutput:
         scores |= score_model(given, stage, name)
     if given.context.is_first:
         if stage.ngram_order:
-            scores |= score_baseline(given, stage)
+            for name in stage.models:
+                scores |= score_baseline(given, stage, name)
         metrics = MetricsWriter(given.context.run.metrics_file)
         write_evaluations(metrics, given.name, scores)
         write_comparisons(metrics, given.name, stage, scores)
@@ -68,11 +68,11 @@ def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
         engine.close()
 
 
-def score_baseline(given: StageInput, stage: EvaluateStage) -> Scores:
-    """Scores of an n-gram model that has seen what the models saw, on the same documents."""
-    vocab_size = given.context.config.model.vocab_size
-    seen = seen_tokens(given.context.run, given.context.config, limit=stage.ngram_tokens)
-    baseline = NGram.train(seen, order=stage.ngram_order, vocab_size=vocab_size)
+def score_baseline(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
+    """Scores, on the same documents, of an n-gram model that has seen what the named model saw."""
+    config = given.context.config
+    seen = islice_tokens(seen_by(given.model_of(name)), stage.ngram_tokens)
+    baseline = NGram.train(seen, vocab_size=config.model.vocab_size, order=stage.ngram_order)
     scores: Scores = {}
     for source in stage.sources:
         batches = held_out_batches(
@@ -80,47 +80,46 @@ def score_baseline(given: StageInput, stage: EvaluateStage) -> Scores:
             tokens=stage.tokens,
             sequence_length=stage.sequence_length,
             micro_batch=stage.micro_batch,
-            data_rank=0,
-            data_size=1,
         )
         rows = baseline.score(batches)
-        scores[f"{stage.ngram_order}-gram", source] = DocumentScores.from_rows(
+        scores[baseline_name(stage, name), source] = DocumentScores.from_rows(
             rows.sample_ids_B, rows.loss_B, rows.correct_B, rows.num_tokens_B
         )
     return scores
 
 
-def seen_tokens(run: RunDir, config: RunConfig, *, limit: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Token windows the training stages of a run saw, latest stage first, then those of the run it started from.
+def baseline_name(stage: EvaluateStage, name: str) -> str:
+    """How the n-gram that saw what a model saw is called."""
+    return f"{stage.ngram_order}-gram of {name}"
 
-    Order is arithmetic, so what was seen is read again rather than recorded. Ends after about `limit` tokens.
+
+def seen_by(checkpoint: Path) -> Iterator[npt.NDArray[np.int64]]:
+    """Token windows that made a model: its stage's, the stages' before, then those of the run that one started from.
+
+    Order is arithmetic, so what was seen is read again rather than recorded. Latest stage first.
     """
-    datasets = open_datasets(run)
-    left = limit
-    for name in reversed(config.order):
+    # RUN/stages/NAME/checkpoints/step-N: a checkpoint that was copied elsewhere has no run around it.
+    run, last = RunDir(checkpoint.parents[3]), checkpoint.parents[1].name
+    if not (run.config_file.exists() and run.datasets_file.exists()):
+        return
+    config, datasets = load.read(run.config_file), open_datasets(run)
+    for name in reversed(config.order[: config.order.index(last) + 1]):
         training = getattr(config.stages[name], "training", None)
-        if training is None:
-            continue
-        stream = Stream(
-            {source: datasets[source] for source in training.mixture},
-            mixture=training.mixture,
-            seed=config.seed,
-            sequence_length=training.sequence_length,
-            global_batch=training.global_batch,
-            micro_batch=training.global_batch,
-        )
-        for step in range(training.num_steps):
-            for batch in stream.batches(step, 0, 1):
-                for tokens_S, labels_S in zip(batch.tokens_BS, batch.labels_BS, strict=True):
-                    if left <= 0:
-                        return
-                    left -= len(labels_S)
-                    yield np.append(tokens_S, labels_S[-1])
+        if training is not None:
+            stream = stream_of_stage(config.seed, name, training, datasets)
+            for step in range(training.num_steps):
+                yield from stream.windows(stream.sample_ids(step))
     if config.init is not None:
-        # RUN/stages/NAME/checkpoints/step-N: a checkpoint that was copied elsewhere has no run around it.
-        origin = RunDir(Path(config.init).parents[3])
-        if origin.config_file.exists() and origin.datasets_file.exists():
-            yield from seen_tokens(origin, load.read(origin.config_file), limit=left)
+        yield from seen_by(Path(config.init))
+
+
+def islice_tokens(windows: Iterator[npt.NDArray[np.int64]], limit: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Windows until `limit` tokens have gone by."""
+    for window_S in windows:
+        if limit <= 0:
+            return
+        limit -= len(window_S) - 1
+        yield window_S
 
 
 def write_evaluations(metrics: MetricsWriter, name: str, scores: Scores) -> None:
@@ -142,11 +141,12 @@ def write_evaluations(metrics: MetricsWriter, name: str, scores: Scores) -> None
 
 
 def write_comparisons(metrics: MetricsWriter, name: str, stage: EvaluateStage, scores: Scores) -> None:
-    """Every model against each model named before it, and against the n-gram baseline."""
+    """Every model against each model named before it, and against the n-gram that saw what it saw."""
     for source in stage.sources:
-        baselines = [model for model, scored in scores if scored == source and model not in stage.models]
         for position, model in enumerate(stage.models):
-            for baseline in [*stage.models[:position], *baselines]:
+            for baseline in [*stage.models[:position], baseline_name(stage, model)]:
+                if (baseline, source) not in scores:
+                    continue
                 gain = scores[model, source].gain_over(scores[baseline, source])
                 metrics.write(
                     "comparison",

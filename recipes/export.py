@@ -1,4 +1,4 @@
-"""Write the incoming model as a Hugging Face `LlamaForCausalLM` directory: safetensors, config, tokenizer, model card."""
+"""Write the incoming model as a Hugging Face `LlamaForCausalLM` directory: weights, config, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.schema import ExportStage, ModelConfig
-from data.tokenizer import tokenizer_file
 from recipes.model_card import model_card
 from recipes.stage import StageInput, StageOutput
 from train.checkpoint import Checkpoint
@@ -74,7 +73,7 @@ def write_companions(
     given: StageInput, checkpoint: Checkpoint, files: dict[str, list[str]], dtype: torch.dtype
 ) -> None:
     """Everything beside the weights."""
-    directory, config = given.context.run.export, given.context.config
+    directory = given.context.run.export
     model = checkpoint.manifest.provenance.model
     if len(files) > 1:
         shapes = checkpoint.weights.shapes()
@@ -88,7 +87,7 @@ def write_companions(
     token_ids = {"bos_token_id": None, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
     write_json(directory / "config.json", llama_config(model, dtype) | token_ids)
     write_json(directory / "generation_config.json", token_ids)
-    shutil.copyfile(tokenizer_file(config.data.tokenizer), directory / "tokenizer.json")
+    shutil.copyfile(given.context.run.tokenizer_file, directory / "tokenizer.json")
     write_json(
         directory / "tokenizer_config.json",
         {

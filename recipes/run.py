@@ -1,4 +1,4 @@
-"""A recipe on one rank: its stages in order, each from checkpoint to checkpoint; stages already done are passed over."""
+"""A recipe on one rank: its stages in order, from checkpoint to checkpoint; those already done are passed over."""
 
 from __future__ import annotations
 

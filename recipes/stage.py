@@ -80,7 +80,7 @@ class StageOutput:
 
 def open_datasets(run: RunDir) -> dict[str, Dataset]:
     """The prepared sources of a run, as its driver wrote them down."""
-    return {name: Dataset.open(Path(path)) for name, path in json.loads(run.datasets_file.read_text()).items()}
+    return {name: Dataset.open(path) for name, path in json.loads(run.datasets_file.read_text()).items()}
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:

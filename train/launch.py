@@ -172,7 +172,9 @@ class Gang:
             for _ in range(self.ranks_per_node)
         ]
         where = ray.get([actor.where.remote() for actor in actors])
-        seats = [_Seat(actor=actor, node=node, address=address) for actor, (node, address) in zip(actors, where, strict=True)]
+        seats = [
+            _Seat(actor=actor, node=node, address=address) for actor, (node, address) in zip(actors, where, strict=True)
+        ]
         # Bundles come in no particular order; ranks of a node stay together and nodes go by address, so that a
         # restart on the same nodes gives every rank its old place.
         self._seats = sorted(seats, key=lambda seat: (_address_key(seat.address), seat.node))
@@ -285,7 +287,7 @@ class _RankActor:
     """One rank's process."""
 
     def where(self) -> tuple[str, str]:
-        """Node id and the address other nodes reach it by; imports what every run needs while others still start."""
+        """Node id and the address other nodes reach it by; what every run needs is imported while others start."""
         import ray
 
         threading.Thread(target=_warm_up, daemon=True).start()

@@ -7,12 +7,14 @@ of completed steps; everything else (samples, learning rate) follows from it.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import ModelConfig, TrainingConfig
 from data.batch import Batch
 from data.held_out import held_out_batches
+from data.order import key_of
 from data.prefetch import Prefetch
 from data.shards import Dataset
 from data.stream import Stream
@@ -69,15 +71,7 @@ class TrainingLoop:
         self.engine = engine
         self.initial = initial
         training = job.training
-        data = {name: job.datasets[name] for name in training.mixture}
-        self.stream = Stream(
-            data,
-            mixture=training.mixture,
-            seed=context.config.seed,
-            sequence_length=training.sequence_length,
-            global_batch=training.global_batch,
-            micro_batch=training.micro_batch,
-        )
+        self.stream = stream_of_stage(context.config.seed, job.name, training, job.datasets)
         self.objective = CrossEntropy(z_loss=training.z_loss)
         self.metrics = MetricsWriter(context.run.metrics_file) if context.is_first else None
         self.checkpoints = context.run.checkpoints(job.name)
@@ -96,7 +90,8 @@ class TrainingLoop:
                 data_rank=engine.coordinate.data,
                 data_size=engine.mesh.data,
             )
-            for name, dataset in data.items()
+            for name, dataset in job.datasets.items()
+            if name in training.mixture
         }
         self.stop_checked = 0.0
         self.stop_seen = False
@@ -252,6 +247,22 @@ class TrainingLoop:
         """Tell the user something, on rank 0."""
         if self.metrics is not None:
             self.metrics.write("message", level=level, text=text)
+
+
+def stream_of_stage(seed: int, stage: str, training: TrainingConfig, datasets: Mapping[str, Dataset]) -> Stream:
+    """The samples of a stage. Stages of one run shuffle differently, so a later one does not replay an earlier one.
+
+    Raises:
+        DataError: a source of the mixture is missing or shorter than one sample.
+    """
+    return Stream(
+        {name: datasets[name] for name in training.mixture},
+        mixture=training.mixture,
+        seed=key_of(seed, stage),
+        sequence_length=training.sequence_length,
+        global_batch=training.global_batch,
+        micro_batch=training.micro_batch,
+    )
 
 
 def score_documents(engine: Engine, batches: list[Batch]) -> DocumentScores:

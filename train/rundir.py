@@ -68,6 +68,11 @@ class RunDir:
         return self.path / "datasets.json"
 
     @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer of its data."""
+        return self.path / "tokenizer.json"
+
+    @property
     def metrics_file(self) -> Path:
         """The record."""
         return self.path / "metrics.jsonl"

@@ -25,7 +25,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from data.corpora.texts import Text, austen, factbook, licences, python_library, shakespeare
 from data.documents import content_hash, is_held_out, normalised
 
-VOCAB_SIZE = 4096
+# Small models should spend their parameters on layers rather than on embeddings.
+VOCAB_SIZE = 1024
 END_OF_TEXT = "<|endoftext|>"
 PYTHON_VERSION = (3, 11, 7)
 # Words with their leading space, digits in threes, runs of spaces kept together for source code.

@@ -11,9 +11,9 @@ from conf.errors import DataError
 from data.tokenizer import Tokenizer, tokenizer_file
 
 
-def test_shipped_tokenizer_has_4096_tokens_and_end_of_text_first() -> None:
+def test_shipped_tokenizer_has_1024_tokens_and_end_of_text_first() -> None:
     tokenizer = Tokenizer.load("shipped:tokenizer")
-    assert (tokenizer.vocab_size, tokenizer.end_of_text_id) == (4096, 0)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text_id) == (1024, 0)
     assert tokenizer.decode(np.array([0])) == "<|endoftext|>"
 
 
