@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,16 @@ def execute(config: RunConfig) -> int:
         run = rundir.create(Path(config.runs_dir), config.name)
     driver = Driver(machine=machine, console=console, stop=StopRequest(), use_gpu=check.uses_gpu(config, machine))
     with run.locked(), stop_on_signals(driver.stop):
-        return EXIT_CODES[driver.lead(run, config, warnings)]
+        try:
+            return EXIT_CODES[driver.lead(run, config, warnings)]
+        except BaseException as error:
+            # A full disk takes the status with it; the reason still reaches the screen.
+            with suppress(OSError):
+                run.write_status("failed")
+            if not isinstance(error, OSError):
+                raise
+            print_failure(console, rank=None, reason=str(error), log=None)
+            return EXIT_CODES["failed"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -179,8 +189,8 @@ class Driver:
             return launcher.run(run, ENTRY, on_poll)
         except RankError as error:
             display.update()
-            metrics.write("message", level="error", text=str(error))
             print_failure(self.console, rank=error.rank, reason=error.details or error.reason, log=str(error.log))
+            metrics.write("message", level="error", text=str(error))
             return "failed"
 
 

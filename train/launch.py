@@ -7,6 +7,7 @@ Train's TorchTrainer, for whoever already operates it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
@@ -319,7 +320,7 @@ def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if cluster.kind == "local":
         # Keeps other users of the machine from submitting code to our ranks. Ray reads it when it is imported.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_own_token())
     import ray
 
     try:
@@ -372,6 +373,12 @@ def first_failure(run: RunDir, errors: Mapping[int, Exception]) -> RankError:
         return RankError(first.rank, first.error, first.traceback, run.rank_log(first.rank))
     rank, error = min(errors.items())
     return RankError(rank, type(error).__name__, str(error), run.rank_log(rank))
+
+
+@functools.cache
+def _own_token() -> str:
+    """One for the life of the process, because Ray keeps the first it was given; the jobs of a sweep share it."""
+    return secrets.token_hex(32)
 
 
 def _address_key(address: str) -> tuple[int, ...] | tuple[str]:

@@ -114,3 +114,17 @@ def has_step(runs_dir: Path, recipe: str, step: int) -> bool:
     """Whether a run of the recipe has come to a step."""
     run = run_in(runs_dir, recipe)
     return run is not None and any(each["step"] >= step for each in records(run, "step"))
+
+
+def pids_of_ranks(run: Path) -> list[int]:
+    """Process ids of the newest attempt, by rank."""
+    logs = sorted((run / "logs").glob("rank-*.log"))
+    return [int(re.findall(r"process (\d+)", log.read_text())[-1]) for log in logs]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that only waits to be reaped does not."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False

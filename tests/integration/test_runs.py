@@ -9,17 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
-from tests.integration.command_line import (
+from command_line import (
     TINY_FOUNDATION,
     TINY_MODEL,
     Ended,
     environment,
     has_step,
+    is_alive,
     losses,
+    pids_of_ranks,
     records,
     run_in,
     started,
@@ -29,6 +31,8 @@ from tests.integration.command_line import (
 
 pytestmark = pytest.mark.timeout(420)
 NEVER = "1000000000"
+# Scoring after every step gives a test time to act in between, and changes no loss.
+SLOW_STEPS = (*TINY_FOUNDATION, "stages.pretrain.training.validate_every_steps=1")
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +141,17 @@ def test_two_runs_at_once_on_one_machine_and_both_launchers_follow_the_same_curv
 
 
 def test_killed_runs_resume_to_the_same_curve_past_a_damaged_checkpoint(tmp_path: Path, reference: dict[int, float]):
-    """SIGKILL of the driver at step 12 or later, one flipped byte in the newest checkpoint, another mesh after it."""
-    slow = [each for each in TINY_FOUNDATION if "tokens=10240" not in each]
-    overrides = [*slow, "stages.pretrain.training.tokens=10240", "stages.pretrain.training.checkpoint_every_steps=4"]
-    with started(tmp_path, *overrides, "engine.mesh.data=2", log=tmp_path / "first.txt") as process:
+    """SIGKILL of the driver in the middle, one flipped byte in the newest checkpoint, another mesh after it."""
+    overrides = (*SLOW_STEPS, "stages.pretrain.training.checkpoint_every_steps=4", "engine.mesh.data=2")
+    with started(tmp_path, *overrides, log=tmp_path / "first.txt") as process:
         wait_for(lambda: has_step(tmp_path, "foundation", 9), 120, "step 9")
-        run = run_in(tmp_path, "foundation")
-        assert run is not None
-        checkpoints = run / "stages" / "pretrain" / "checkpoints"
-        wait_for(lambda: len(list(checkpoints.glob("step-*/manifest.json"))) == 2, 20, "two checkpoints")
         os.kill(process.pid, signal.SIGKILL)
+    run = run_in(tmp_path, "foundation")
+    assert run is not None
+    wait_for(lambda: not any(map(is_alive, pids_of_ranks(run))), 20, "the ranks are gone with their driver")
+    assert max(losses(run)) < 20
+    checkpoints = run / "stages" / "pretrain" / "checkpoints"
+    assert len(list(checkpoints.glob("step-*/manifest.json"))) == 2
     newest = sorted(checkpoints.glob("step-*/manifest.json"))[-1].parent
     file = newest / "weights" / "rank-00001.safetensors"
     content = bytearray(file.read_bytes())
@@ -189,9 +194,7 @@ def test_a_killed_rank_ends_the_run_soon_and_is_named(tmp_path: Path):
         run = run_in(tmp_path, "foundation")
         assert run is not None
         log = run / "logs" / "rank-00001.log"
-        found = re.search(r"process (\d+)", log.read_text())
-        assert found
-        os.kill(int(found[1]), signal.SIGKILL)
+        os.kill(pids_of_ranks(run)[1], signal.SIGKILL)
         status = run / "status.json"
         wait_for(lambda: json.loads(status.read_text())["status"] == "failed", 10, "the run has ended")
         assert process.wait(60) == 1
@@ -224,22 +227,27 @@ def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root")
-def test_a_full_disk_ends_the_run_with_the_reason_and_the_earlier_checkpoint_usable(tmp_path: Path):
+def test_a_full_disk_ends_the_run_with_the_reason_and_the_earlier_checkpoint_usable(
+    tmp_path: Path, reference: dict[int, float]
+):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("this machine does not let root mount a tmpfs")
+    cache, output = f"data.cache_dir={tmp_path / 'cache'}", tmp_path / "output.txt"
     try:
-        # The data lives elsewhere; only checkpoints and records are on the small disk.
-        ended = train(
-            disk,
-            *TINY_FOUNDATION,
-            f"data.cache_dir={tmp_path / 'cache'}",
-            "stages.pretrain.training.checkpoint_every_steps=2",
-            "engine.mesh.data=1",
-        )
-        assert ended.code != 0
-        assert "No space left" in ended.output
+        every_step = "stages.pretrain.training.checkpoint_every_steps=1"
+        with started(disk, *SLOW_STEPS, cache, every_step, "engine.mesh.data=1", log=output) as process:
+            wait_for(lambda: has_step(disk, "foundation", 4), 120, "step 4")
+            with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+                while True:
+                    filler.write(bytes(4096))
+            assert process.wait(60) == 1
+        assert "No space left" in output.read_text()
+        (disk / "filler").unlink()
+        ended = train(disk, "recipe=foundation", "resume=latest", cache)
+        assert ended.code == 0, ended.output
+        assert losses(ended.run) == pytest.approx(reference, abs=1e-5)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 

@@ -66,12 +66,12 @@ def test_sequence_parallel_needs_tensor_ranks():
 @pytest.mark.parametrize("path", ["stages.specialise.training.sequence_length", "stages.evaluate.sequence_length"])
 def test_sequence_is_within_the_positions(path):
     config = rehearsal(**{path.replace(".", "__"): 512})
-    assert_told(config, path, "is 512", "max_sequence_length=256")
+    assert_told(config, path, "is 512", "max_sequence_length=128")
 
 
 def test_sequence_splits_over_context_ranks():
-    config = layout(rehearsal(stages__specialise__training__sequence_length=250), context=2)
-    words = ("2 context ranks", "multiple of 4", "248 or 252")
+    config = layout(rehearsal(stages__specialise__training__sequence_length=122), context=2)
+    words = ("2 context ranks", "multiple of 4", "120 or 124")
     assert_told(config, "stages.specialise.training.sequence_length", *words)
 
 

@@ -89,13 +89,13 @@ def test_warm_up_and_decay_leave_room_for_each_other():
 
 
 def test_tokens_make_a_step():
-    config = rehearsal(stages__specialise__training__tokens=2047)
-    assert_told(config, "stages.specialise.training.tokens", "8 x 256 = 2048")
+    config = rehearsal(stages__specialise__training__tokens=1023)
+    assert_told(config, "stages.specialise.training.tokens", "8 x 128 = 1024")
 
 
 @pytest.mark.parametrize("path", ["stages.specialise.training.validation_tokens", "stages.evaluate.tokens"])
 def test_held_out_tokens_make_a_sequence(path):
-    assert_told(rehearsal(**{path.replace(".", "__"): 255}), path, "less than one sequence of 256")
+    assert_told(rehearsal(**{path.replace(".", "__"): 127}), path, "less than one sequence of 128")
 
 
 def test_stages_left_out_are_warned_of():
