@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,8 @@ CPU_RANK_BYTES = int(0.6 * GIB)
 MOST_RANKS_ON_FEW_CORES = 8
 GPU_BYTES = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}
 MOST_TENSOR_RANKS = 8
+RAY_PORTS = 12
+"""What a Ray of one node listens on, without its dashboard."""
 PLACEHOLDER = "YOUR-"
 
 
@@ -52,6 +56,27 @@ def state_bytes(config: RunConfig) -> int:
 def checkpoint_bytes(config: RunConfig) -> int:
     """About what one checkpoint takes on disk: weights, master weights and Adam's two moments."""
     return config.model.num_parameters * ((2 if config.engine.precision == "bf16" else 4) + 12)
+
+
+def ports_are_free(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """A private Ray and its ranks listen on ports of this machine; without them Ray tries for minutes."""
+    if config.cluster.kind != "local":
+        return
+    assert config.cluster.ranks_per_node is not None, "rules are asked of resolved configurations"
+    needed = RAY_PORTS + 2 * config.cluster.ranks_per_node
+    with ExitStack() as held:
+        for count in range(needed):
+            probe = held.enter_context(socket.socket())
+            try:
+                probe.bind(("127.0.0.1", 0))
+            except OSError as error:
+                yield Problem(
+                    "cluster",
+                    f"only {count} TCP ports of this machine are free ({error.strerror}), and a private Ray with "
+                    f"{config.cluster.ranks_per_node} ranks takes {needed}. End what holds them (ss -tan), or widen "
+                    "net.ipv4.ip_local_port_range.",
+                )
+                return
 
 
 def cluster_is_of_one_kind(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -344,6 +369,7 @@ def tracking_has_a_key(config: RunConfig, machine: Machine) -> Iterator[Problem]
 
 RULES = (
     cluster_is_of_one_kind,
+    ports_are_free,
     ray_train_keeps_no_places,
     device_is_there,
     state_fits_in_memory,

@@ -273,3 +273,25 @@ def test_checking_is_fast_to_import_and_loads_no_framework(tmp_path: Path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+NO_PORTS = 'ip link set lo up && echo "50000 50007" > /proc/sys/net/ipv4/ip_local_port_range && exec "$@"'
+
+
+@pytest.mark.skipif(shutil.which("ip") is None or shutil.which("unshare") is None, reason="needs ip and unshare")
+def test_a_machine_without_free_ports_is_told_so_before_launch(tmp_path: Path):
+    """In a network namespace of its own that has eight ports to give."""
+    inside = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", NO_PORTS, "sh"]
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let a user make network namespaces")
+    done = subprocess.run(
+        [*inside, sys.executable, "-m", "train", f"runs_dir={tmp_path / 'runs'}", *TINY_FOUNDATION],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "only 8 TCP ports of this machine are free" in done.stderr
+    assert not (tmp_path / "runs").exists()
