@@ -178,7 +178,7 @@ def make_engine(
         model: shape of the model.
         engine: how it is spread; `engine.mesh` is already resolved into `mesh`.
         optim: AdamW settings, or None for an engine that only scores (no gradient buffers, no optimizer).
-        mesh: the axes; the one that `groups.initialise` entered.
+        mesh: the axes; the one that `groups.enter_mesh` entered.
         micro_batch: rows of every micro-batch (pipeline buffers have a fixed shape).
     """
     match engine.backend:

@@ -1,7 +1,7 @@
 """Process groups: torch.distributed's world, and Megatron's groups for the axes of a mesh.
 
-Megatron keeps its groups in module globals (`parallel_state`), so a process is on one mesh at a time. `initialise` and
-`shut_down` are for a process's life, `enter_mesh` and `leave_mesh` change the mesh within it.
+Megatron keeps its groups in module globals (`parallel_state`), so a process is on one mesh at a time. `open_world`
+and `shut_down` are for a process's life, `enter_mesh` and `leave_mesh` change the mesh within it.
 """
 
 from __future__ import annotations
@@ -18,30 +18,27 @@ from parallel.mesh import Coordinate, Mesh
 TIMEOUT_SECONDS = 600.0
 
 
-def initialise(mesh: Mesh, *, virtual_pipeline: int = 1, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """Meet the other ranks at MASTER_ADDR:MASTER_PORT as RANK of WORLD_SIZE, and enter the mesh.
+def host_store() -> dist.TCPStore:
+    """The store ranks meet at, served by this process on a port nobody else has; its `port` is what others need."""
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
-    A default process group that is already there (Ray Train makes one) is kept.
+
+def join_store(address: str, port: int, *, timeout_seconds: float = TIMEOUT_SECONDS) -> dist.TCPStore:
+    """The store that another rank hosts."""
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds))
+
+
+def open_world(store: dist.Store, *, rank: int, world_size: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    """Make the default process group and take this rank's device.
 
     Args:
-        mesh: the axes; as many ranks as WORLD_SIZE.
-        virtual_pipeline: layer chunks a pipeline rank holds.
+        store: shared by all ranks, and used for no other world.
+        rank: this one.
+        world_size: number of ranks.
         timeout_seconds: of every collective.
     """
-    if not dist.is_initialized():
-        open_world("env://", rank=-1, world_size=-1, timeout_seconds=timeout_seconds)
-    enter_mesh(mesh, virtual_pipeline=virtual_pipeline, timeout_seconds=timeout_seconds)
-
-
-def open_world(init_method: str, *, rank: int, world_size: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """Make the default process group; `init_method` as in torch, e.g. `tcp://ADDRESS:PORT`."""
-    dist.init_process_group(
-        communication_backend(),
-        init_method=init_method,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(communication_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
     select_device(dist.get_rank())
 
 
@@ -78,7 +75,7 @@ def leave_mesh() -> None:
 
 
 def shut_down() -> None:
-    """Destroy all groups; the process can `initialise` again."""
+    """Destroy all groups; the process can `open_world` again."""
     leave_mesh()
     dist.destroy_process_group()
 

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -107,7 +106,7 @@ class Gang:
         import ray
 
         master = self._seats[0]
-        port = ray.get(master.actor.free_port.remote())
+        port = ray.get(master.actor.host_store.remote())
         futures = {
             seat.actor.run.remote(self._place(rank, master.address, port), str(run.path), entry): rank
             for rank, seat in enumerate(self._seats)
@@ -294,16 +293,17 @@ class _RankActor:
         threading.Thread(target=_warm_up, daemon=True).start()
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
-    def free_port(self) -> int:
-        """A port that was free a moment ago."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port: int = probe.getsockname()[1]
-            return port
+    def host_store(self) -> int:
+        """Serve the store the ranks of the next run meet at; returns its port, which is held from now on."""
+        from parallel import groups
+
+        self.store = groups.host_store()
+        port: int = self.store.port
+        return port
 
     def run(self, place: Place, run_dir: str, entry: str) -> RankOutcome:
         """See `train.worker.run_rank`."""
-        return run_rank(place, run_dir, entry)
+        return run_rank(place, run_dir, entry, self.store if place.rank == 0 else None)
 
 
 def _warm_up() -> None:
@@ -351,10 +351,10 @@ def _ray_train_worker(loop: dict[str, str]) -> None:
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
         ranks_on_node=context.get_local_world_size(),
-        master_address=os.environ["MASTER_ADDR"],
-        master_port=int(os.environ["MASTER_PORT"]),
+        master_address="",
+        master_port=0,
     )
-    run_rank(place, loop["run_dir"], loop["entry"])
+    run_rank(place, loop["run_dir"], loop["entry"], None)
 
 
 def first_failure(run: RunDir, errors: Mapping[int, Exception]) -> RankError:

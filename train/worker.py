@@ -15,18 +15,21 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from conf import load
 from conf.schema import RunConfig
 from train.rundir import RunDir, replace_text
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 RankOutcome = Literal["finished", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a rank runs and how it meets the others."""
+    """Where a rank runs and how it meets the others (which Ray Train arranges by itself)."""
 
     rank: int
     world_size: int
@@ -60,8 +63,14 @@ class RankContext:
         return self.place.rank == 0
 
 
-def run_rank(place: Place, run_dir: str, entry: str) -> RankOutcome:
+def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> RankOutcome:
     """Run `entry` ("module:function", taking a RankContext) as one rank of a run.
+
+    Args:
+        place: where this rank runs.
+        run_dir: of the run.
+        entry: what to run.
+        store: the one this rank hosts, on rank 0; not used where there is a default process group already.
 
     A failure is written to the run's `failures/` before it is raised, so that the rank that caused it can be told
     from those that only lost their peer.
@@ -71,6 +80,7 @@ def run_rank(place: Place, run_dir: str, entry: str) -> RankOutcome:
     try:
         config = load.read(run.config_file)
         import torch
+        from torch import distributed
 
         from parallel import groups
         from parallel.mesh import Mesh
@@ -79,7 +89,10 @@ def run_rank(place: Place, run_dir: str, entry: str) -> RankOutcome:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         mesh = config.engine.mesh
         assert mesh.data is not None, "the mesh is resolved before launch"
-        groups.initialise(
+        if not distributed.is_initialized():
+            store = store or groups.join_store(place.master_address, place.master_port)
+            groups.open_world(store, rank=place.rank, world_size=place.world_size)
+        groups.enter_mesh(
             Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor),
             virtual_pipeline=mesh.virtual_pipeline,
         )
@@ -127,8 +140,6 @@ def _prepare_process(place: Place, run: RunDir) -> None:
         WORLD_SIZE=str(place.world_size),
         LOCAL_RANK=str(place.local_rank),
         LOCAL_WORLD_SIZE=str(place.ranks_on_node),
-        MASTER_ADDR=place.master_address,
-        MASTER_PORT=str(place.master_port),
         OMP_NUM_THREADS=str(max(1, cores // place.ranks_on_node)),
     )
     print(f"-- rank {place.rank} of {place.world_size} on {socket.gethostname()}, process {os.getpid()}", flush=True)

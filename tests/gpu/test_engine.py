@@ -76,7 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from parallel import groups
 
     meeting: Path = tmp_path_factory.mktemp("world") / "store"
-    groups.open_world(f"file://{meeting}", rank=0, world_size=1)
+    groups.open_world(torch.distributed.FileStore(str(meeting), 1), rank=0, world_size=1)
     groups.enter_mesh(MESH)
     yield
     groups.shut_down()
