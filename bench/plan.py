@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.plan.constants import FITTED, Constants
-from parallel.plan.rows import Case, Row, case_of, predict_case
+from parallel.plan.cases import Case, Row, case_of
+from parallel.plan.rows import predict
 from parallel.plan.throughput import step_time
 
 HERE = Path(__file__).parent / "planner"
@@ -35,11 +36,12 @@ BELIEFS: dict[str, tuple[float, float]] = {
     "attention_ramp_tokens": (512, 2.0),
     "fused_traffic": (1.3, 1.4),
     "eager_traffic": (2.0, 1.4),
-    "gemm_traffic": (1.5, 1.5),
+    "gemm_traffic": (0.7, 1.5),
     "layer_seconds": (1e-4, 2.0),
     "exposed_node": (0.6, 1.5),
-    "exposed_data": (0.3, 1.6),
-    "hop_seconds": (4e-6, 1.5),
+    "exposed_data": (0.2, 1.6),
+    "exposed_shards": (0.4, 1.6),
+    "hop_seconds": (2e-6, 1.5),
     "step_seconds": (0.02, 2.0),
 }
 ROW_NOISE = 0.05
@@ -201,7 +203,7 @@ def report_memory(rows: Sequence[Row]) -> None:
     ratios: dict[str, list[float]] = {}
     for row in rows:
         try:
-            found = predict_case(case_of(row))
+            found = predict(case_of(row))
         except ValueError as error:
             print(f"left out: {row['source']}, {row['model']}: {error}")
             continue

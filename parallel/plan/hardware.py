@@ -137,8 +137,12 @@ def gpu_named(text: str) -> Gpu:
 
 
 def with_power_limit(gpu: Gpu, watts: float) -> Gpu:
-    """The same GPU under a lower limit: dynamic power goes with the clock cubed where voltage follows the clock."""
-    slower = min(1.0, (watts / gpu.tdp_watts) ** (1 / 3))
+    """The same GPU under a lower limit.
+
+    Power goes with the clock cubed where voltage follows the clock, and with the clock where it is at its floor; the
+    square between them is what an H100 PCIe (350 W) shows against an H100 SXM.
+    """
+    slower = min(1.0, (watts / gpu.tdp_watts) ** 0.5)
 
     def both(rates: tuple[float, float]) -> tuple[float, float]:
         return rates[0] * slower, rates[1] * slower

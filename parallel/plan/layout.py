@@ -100,8 +100,12 @@ class Layout:
     global_batch: int = 1
     sequence: int = 4096
     precision: Precision = "bf16"
+    current_scaling: bool = False
+    """fp8 scales come from the tensor itself, not from the steps before: one more pass over it."""
     recompute: Recompute = "none"
     sharding: Sharding = "zero1"
+    optimizer_copies: int = 1
+    """Groups of data ranks that each hold all of the sharded state (hybrid sharding)."""
     sequence_parallel: bool = True
     stack: Stack = MEGATRON
     unfused_attention: bool = False
@@ -115,6 +119,11 @@ class Layout:
     def num_gpus(self) -> int:
         """GPUs in all."""
         return self.tensor * self.context * self.pipeline * self.data
+
+    @property
+    def shards(self) -> int:
+        """Ranks that sharded state is split over."""
+        return max(1, self.data * self.context // self.optimizer_copies)
 
     @property
     def micro_batches(self) -> int:

@@ -133,7 +133,7 @@ def saved_bytes(shape: Shape, layout: Layout, recompute: str | None = None) -> f
 
 
 def _states(shape: Shape, layout: Layout, stage: int) -> tuple[float, float, float]:
-    stack, group = layout.stack, layout.data * layout.context
+    stack, group = layout.stack, layout.shards
     experts, dense = stage_parameters(shape, layout, stage)
     local = experts + dense
     # Experts are shared by fewer ranks, so that there are fewer to split their optimizer state over.

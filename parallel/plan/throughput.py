@@ -21,8 +21,14 @@ OPTIMIZER_TRAFFIC = 34.0
 """Bytes read and written a parameter by the gradient norm and AdamW on fp32 state."""
 FLASH1_OVER_FLASH2 = 0.6
 """Speed of the first FlashAttention over the second, causal heads of 128 (Dao, 2023)."""
-BUCKET_PARAMETERS = 40e6
-"""Megatron's least gradient bucket; it grows by 1e6 a data rank."""
+BUCKET_PARAMETERS = 250e6
+"""Parameters a collective between data ranks carries. Latency was seen to grow in proportion to the ranks."""
+HOST_BANDWIDTH = 40e9
+"""Bytes/s of host memory that one GPU's share of the cores gets (8-12 DDR5 channels a socket, two sockets, 8 GPUs)."""
+PCIE_BANDWIDTH = 50e9
+"""Bytes/s between a GPU and the host (PCIe 5.0 x16)."""
+HIDDEN_UNDER = 0.8
+"""Share of a micro-batch's time under which data ranks can exchange."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +182,12 @@ class _Product:
     rows: float
     columns: float
     inner: float
+    copies: float = 1.0
+    """Separate weight matrices the rows are dealt to: the experts of this rank."""
+
+    @property
+    def weights(self) -> float:
+        return self.columns * self.inner * self.copies
 
     @property
     def flops(self) -> float:
@@ -184,19 +196,19 @@ class _Product:
 
 def _matmul_seconds(product: _Product, gpu: Gpu, constants: Constants, *, is_fp8: bool) -> float:
     rate = gpu.fp8_gemm_flops * constants.fp8_gemm_share if is_fp8 else gpu.bf16_gemm_flops * constants.gemm_share
-    operands = product.rows * product.inner + product.columns * product.inner
+    operands = product.rows * product.inner + product.weights
     traffic = operands * (1 if is_fp8 else 2) + 2 * product.rows * product.columns
     return product.flops / rate + constants.gemm_traffic * traffic / gpu.memory_bandwidth
 
 
 def _products(shape: Shape, layout: Layout) -> tuple[_Product, ...]:
     tokens, tensor, hidden = layout.tokens, layout.tensor, shape.hidden
-    routed = tokens * shape.experts_per_token
+    routed, experts = tokens * shape.experts_per_token, shape.experts / layout.expert
     return (
         _Product(tokens, (shape.query_width + 2 * shape.kv_width) / tensor, hidden),
         _Product(tokens, hidden, shape.query_width / tensor),
-        _Product(routed, (2 if shape.gated else 1) * shape.ffn / tensor, hidden),
-        _Product(routed, hidden, shape.ffn / tensor),
+        _Product(routed, (2 if shape.gated else 1) * shape.ffn / tensor, hidden, experts),
+        _Product(routed, hidden, shape.ffn / tensor, experts),
     )
 
 
@@ -204,9 +216,10 @@ def _layer_matmul_seconds(shape: Shape, layout: Layout, gpu: Gpu, constants: Con
     is_fp8 = layout.precision == "fp8" and gpu.fp8_gemm_flops > 0
     products = _products(shape, layout)
     forward = sum(_matmul_seconds(product, gpu, constants, is_fp8=is_fp8) for product in products)
-    # Weight gradients are added to fp32 buffers: read and written once a micro-batch.
-    weights = sum(product.columns * product.inner for product in products)
-    return (3 + recomputed) * forward + 8 * weights / gpu.memory_bandwidth
+    # Weight gradients are added to buffers of their own: read and written once a micro-batch.
+    weights = sum(product.weights for product in products)
+    accumulation = 2 * layout.stack.gradient_bytes * weights / gpu.memory_bandwidth
+    return (3 + recomputed) * forward + constants.gemm_traffic * accumulation
 
 
 def _attention_seconds(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants, recomputed: float) -> float:
@@ -231,14 +244,16 @@ def _layer_elementwise_seconds(
     residual = (4 + 4 + 6 + 6) * shape.hidden / split
     rotation = 4 * (shape.query_width + shape.kv_width) / tensor
     activation = (6 if shape.gated else 4) * ffn / tensor
-    traffic = (3 + recomputed) * (residual + rotation + activation)
+    # Tokens are copied to their experts and back, and scaled.
+    dispatch = 8 * shape.hidden * shape.experts_per_token / tensor if shape.experts > 1 else 0.0
+    traffic = (3 + recomputed) * (residual + rotation + activation + dispatch)
     if layout.precision == "fp8" and gpu.fp8_gemm_flops > 0:
-        # Each operand is read once more for its scale and written as fp8, and once more transposed.
-        inputs = (2 * shape.hidden) / split + (shape.query_width + ffn) / tensor
+        # Each operand is read and written as fp8 twice, once transposed; read once more where its scale is its own.
+        inputs = 2 * shape.hidden / split + (shape.query_width + ffn) / tensor
         gradients = 2 * shape.hidden / split + (
             shape.query_width + 2 * shape.kv_width + (2 if shape.gated else 1) * ffn
         ) / tensor
-        traffic += 4 * (inputs * (1 + recomputed) + gradients)
+        traffic += (6 if layout.current_scaling else 4) * (inputs * (1 + recomputed) + gradients)
     times = constants.fused_traffic if layout.stack.fused else constants.eager_traffic
     return times * tokens * traffic / gpu.memory_bandwidth
 
@@ -292,21 +307,27 @@ def _data_seconds(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants, 
     nodes = max(1.0, inner * group / gpu.gpus_per_node)
     share = local * (group - 1) / group / bandwidth
     if layout.sharding == "zero3":
-        gathers = 2 * layout.micro_batches * 2 * share
-        scatters = layout.micro_batches * stack.gradient_bytes * share
-        rings, computing = 3 * shape.layers * layout.micro_batches, layout.micro_batches * micro_batch_seconds
+        # Under a pipeline, layers stay gathered for the whole step.
+        passes = layout.micro_batches if layout.pipeline == 1 else 1
+        gathers = (2 if layout.pipeline == 1 else 1) * passes * 2 * share
+        scatters = passes * stack.gradient_bytes * share
+        rings = 3 * shape.layers / layout.pipeline * passes
+        computing = passes * micro_batch_seconds
     else:
         gathers, scatters = 2 * share, stack.gradient_bytes * share
-        rings = 2 * max(1.0, local / max(BUCKET_PARAMETERS, 1e6 * group))
+        rings = 2 * max(1.0, local / BUCKET_PARAMETERS)
         # Only the last micro-batch's backward pass and the first one's forward pass run beside them.
         computing = micro_batch_seconds
     total = gathers + scatters
-    beyond = max(0.0, total - 0.8 * computing)
+    beyond = max(0.0, total - HIDDEN_UNDER * computing)
+    exposed = constants.exposed_shards if layout.sharding == "zero3" else constants.exposed_data
     hops = rings * (group - 1) * constants.hop_seconds if nodes > 1 else 0.0
-    return beyond + constants.exposed_data * (total - beyond) + hops
+    return beyond + exposed * (total - beyond) + hops
 
 
 def _optimizer_seconds(shape: Shape, layout: Layout, gpu: Gpu) -> float:
     local = sum(stage_parameters(shape, layout, 0))
-    group = layout.data * layout.context if layout.sharding != "none" else 1
-    return local / group * OPTIMIZER_TRAFFIC / gpu.memory_bandwidth
+    updated = local / (layout.shards if layout.sharding != "none" else 1)
+    if layout.offload:
+        return updated * (OPTIMIZER_TRAFFIC / HOST_BANDWIDTH + 6 / PCIE_BANDWIDTH)
+    return updated * OPTIMIZER_TRAFFIC / gpu.memory_bandwidth
