@@ -3,7 +3,8 @@
     python -m bench.plan [PERF.csv [MEMORY.csv]] [--fit]
 
 Prints errors by kind of row, and errors on each source with the constants refitted without it: the second table is
-what to expect on rows of a source the model has not seen. `--fit` prints the constants for `parallel/plan/constants.py`.
+what to expect on rows of a source the model has not seen. `--fit` fits the constants anew; they live in
+`parallel/plan/constants.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel.plan.constants import FITTED, Constants
 from parallel.plan.cases import Case, Row, case_of
+from parallel.plan.constants import FITTED, Constants
 from parallel.plan.rows import predict
 from parallel.plan.throughput import step_time
 
@@ -207,7 +208,10 @@ def report_memory(rows: Sequence[Row]) -> None:
         except ValueError as error:
             print(f"left out: {row['source']}, {row['model']}: {error}")
             continue
-        pairs = {"peak": (row["mem_peak_gib"], found.peak_gib), "allocated": (row["mem_allocated_gib"], found.allocated_gib)}
+        pairs = {
+            "peak": (row["mem_peak_gib"], found.peak_gib),
+            "allocated": (row["mem_allocated_gib"], found.allocated_gib),
+        }
         for name, (stated, predicted) in pairs.items():
             if stated:
                 ratio = predicted / float(stated)

@@ -182,8 +182,7 @@ def _is_small_test(name: str, hidden: int) -> bool:
 def layout_of_row(row: Row, shape: Shape) -> Layout:
     """The layout of a row; what it leaves open is filled with the plainest choice."""
     stack, sharding = _stack(row, shape)
-    tensor, context, pipeline = (whole_of(row, name) or 1 for name in ("tp", "cp", "pp"))
-    data = _data_ranks(row, tensor * context * pipeline)
+    tensor, context, pipeline, data = _axes(row)
     sequence = whole_of(row, "seq")
     if sequence is None:
         raise RowError("seq is not given; it must be the tokens of a sequence")
@@ -217,15 +216,22 @@ def layout_of_row(row: Row, shape: Shape) -> Layout:
     )
 
 
-def _data_ranks(row: Row, others: int) -> int:
-    num_gpus, data = whole_of(row, "num_gpus"), whole_of(row, "dp")
+def _axes(row: Row) -> tuple[int, int, int, int]:
+    """Tensor, context, pipeline and data sizes; what is empty follows from the others, and else is 1."""
+    sizes = {name: whole_of(row, name) for name in ("tp", "cp", "pp", "dp")}
+    num_gpus = whole_of(row, "num_gpus")
+    stated = math.prod(size for size in sizes.values() if size)
     if num_gpus is None:
-        return data or UNSTATED_DATA_RANKS
-    if num_gpus % others:
-        raise RowError(f"tp x cp x pp = {others} does not divide num_gpus = {num_gpus}")
-    if data is not None and data * others != num_gpus:
-        raise RowError(f"tp x cp x pp x dp = {data * others}, and num_gpus = {num_gpus}; they must be equal")
-    return num_gpus // others
+        sizes["dp"] = sizes["dp"] or UNSTATED_DATA_RANKS
+    elif num_gpus % stated:
+        raise RowError(f"tp x cp x pp x dp = {stated} does not divide num_gpus = {num_gpus}")
+    else:
+        empty = [name for name in ("dp", "tp", "pp", "cp") if sizes[name] is None]
+        if num_gpus != stated and not empty:
+            raise RowError(f"tp x cp x pp x dp = {stated}, and num_gpus = {num_gpus}; they must be equal")
+        sizes.update({name: num_gpus // stated for name in empty[:1]})
+    tensor, context, pipeline, data = (sizes[name] or 1 for name in ("tp", "cp", "pp", "dp"))
+    return tensor, context, pipeline, data
 
 
 def _virtual_pipeline(row: Row, shape: Shape, pipeline: int) -> int:

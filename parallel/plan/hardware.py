@@ -36,10 +36,11 @@ class Gpu:
     gpus_per_node: int = 8
 
 
-# Peaks, memory and links: the vendors' data sheets. bf16_gemm_flops and fp8_gemm_flops of H100: 789 and 1,422 TFLOP/s
-# measured on one H100 SXM (sustained); others: mamf-finder of github.com/stas00/ml-engineering (A100 271, B200 1,745) or
-# the share of the peak that the nearest measured GPU reaches. Attention of H100: cuDNN and FlashAttention-2 measured at
-# 8,192 tokens; A100: FlashAttention-2's own benchmark; H200 is the H100's die, so its rates are the H100's.
+# Peaks, memory and links: the vendors' data sheets. GEMM of H100: 789 and 1,422 TFLOP/s sustained, measured on one SXM;
+# of A100 (271) and B200 (1,745 in bf16): mamf-finder of github.com/stas00/ml-engineering. Attention of H100: cuDNN
+# and FlashAttention-2 measured at 8,192 tokens; of A100: FlashAttention-2's own benchmark. H200 is the H100's die, so
+# its rates are the H100's. What B200 reaches in fp8 and attention, and RTX 6000 Ada in all, is an estimate by the share
+# of the peak that the nearest measured GPU reaches.
 _H100 = Gpu(
     name="H100",
     bf16_flops=989.4 * TERA,
@@ -163,5 +164,5 @@ def _in_table(name: str, sizes: list[float]) -> Gpu | None:
         return GPUS["A100-40GB" if 40 in sizes else "A100-80GB"]
     if "6000" in name and "ADA" in name:
         return GPUS["RTX 6000 Ada"]
-    found = re.search(r"\b(?:DGX |HGX |G)?(H100|H200|B200)", name)
+    found = re.search(r"(?<![A-FH-Z0-9])G?(H100|H200|B200)(?!\d)", name)
     return GPUS[found[1]] if found else None

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from parallel.plan.layout import Layout
 from parallel.plan.shapes import Shape
 
-WORKSPACE_BYTES = 0.1 * 2**30
+GIB = 2**30
+WORKSPACE_BYTES = 0.1 * GIB
 """cuBLAS and TransformerEngine workspaces, random states: what a process holds before any tensor of ours."""
 RESERVED_SLACK = 0.03
 """Of the peak: blocks the caching allocator holds and cannot use. Counts in reserved memory, not in allocated."""
-OUTSIDE_BYTES = 2.5 * 2**30
+OUTSIDE_BYTES = 2.5 * GIB
 """CUDA context, NCCL buffers and kernels, which no allocator statistic shows and the GPU must hold too."""
 DEEPSPEED_LIVE_PARAMETERS = 1e9
 """ZeRO-3 `stage3_max_live_parameters`: gathered and not yet released."""
@@ -66,7 +67,7 @@ def stage_memory(shape: Shape, layout: Layout, stage: int) -> StageMemory:
     """Memory of one GPU of a pipeline stage."""
     is_last = stage == layout.pipeline - 1
     weights, gradients, optimizer = _states(shape, layout, stage)
-    chunk_layers = shape.layers / (layout.pipeline * layout.virtual_pipeline)
+    chunk_layers = layers_of_stage(shape, layout, stage) / layout.virtual_pipeline
     chunks = chunks_in_flight(layout, stage)
     activations = chunks * chunk_layers * saved_bytes(shape, layout)
     if layout.recompute == "full":
@@ -97,9 +98,17 @@ def chunks_in_flight(layout: Layout, stage: int) -> int:
     return min(layout.micro_batches * layout.virtual_pipeline, warm_up + 1)
 
 
+def layers_of_stage(shape: Shape, layout: Layout, stage: int) -> float:
+    """Layers of a stage: an equal share; where that is not whole, embedding and head count as a layer each."""
+    if shape.layers % layout.pipeline == 0:
+        return shape.layers / layout.pipeline
+    share = (shape.layers + 2) / layout.pipeline
+    return share - (stage == 0) - (stage == layout.pipeline - 1)
+
+
 def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[float, float]:
     """Parameters one GPU of a stage holds before data sharding: of experts, and all others."""
-    layers = shape.layers / layout.pipeline
+    layers = layers_of_stage(shape, layout, stage)
     experts = layers * shape.experts * shape.expert_weights if shape.experts > 1 else 0.0
     dense = layers * shape.layer_weights - experts
     is_first, is_last = stage == 0, stage == layout.pipeline - 1

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from parallel.plan.cases import Case, Row, case_of
 from parallel.plan.layout import Layout
-from parallel.plan.memory import memory
+from parallel.plan.memory import GIB, memory
 from parallel.plan.throughput import step_time
 
-GIB = 2**30
 COLUMNS = (
     "predicted_tokens_per_s_per_gpu",
     "predicted_peak_gib",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from conf.schema import ModelConfig
+if TYPE_CHECKING:
+    from conf.schema import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +106,22 @@ class PublicModel:
     experts_per_token: int = 1
     head_dim: int = 0
     """0: hidden / heads."""
+
+    def shape(self) -> Shape:
+        """The same as a shape."""
+        return Shape(
+            layers=self.layers,
+            hidden=self.hidden,
+            ffn=self.ffn,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim or self.hidden // self.heads,
+            vocab=self.vocab,
+            gated=self.gated,
+            tied=self.tied,
+            experts=self.experts,
+            experts_per_token=self.experts_per_token,
+        )
 
 
 # Longer names first where one begins with another.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from parallel.plan.constants import FITTED, Constants
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import Layout
-from parallel.plan.memory import stage_parameters
+from parallel.plan.memory import layers_of_stage, stage_parameters
 from parallel.plan.shapes import Shape
 
 LOSS_TRAFFIC = 24.0
@@ -115,8 +115,10 @@ class Work:
 def step_time(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants = FITTED) -> StepTime:
     """Time of one step of `layout.global_batch` sequences."""
     layer, head = layer_work(shape, layout, gpu, constants), head_work(shape, layout, gpu, constants)
-    body = layer.times(shape.layers / layout.pipeline)
-    slowest = body.plus(head)
+    ends = {0, layout.pipeline // 2, layout.pipeline - 1}
+    body = layer.times(max(layers_of_stage(shape, layout, stage) for stage in ends))
+    last = layer.times(layers_of_stage(shape, layout, layout.pipeline - 1)).plus(head)
+    slowest = max(body, last, key=lambda work: work.seconds)
     rounds = layout.micro_batches
     steady = slowest.times(rounds)
     # The first micro-batch fills the other stages, the last drains them: a chunk at a time where interleaved.
@@ -250,9 +252,10 @@ def _layer_elementwise_seconds(
     if layout.precision == "fp8" and gpu.fp8_gemm_flops > 0:
         # Each operand is read and written as fp8 twice, once transposed; read once more where its scale is its own.
         inputs = 2 * shape.hidden / split + (shape.query_width + ffn) / tensor
-        gradients = 2 * shape.hidden / split + (
-            shape.query_width + 2 * shape.kv_width + (2 if shape.gated else 1) * ffn
-        ) / tensor
+        gradients = (
+            2 * shape.hidden / split
+            + (shape.query_width + 2 * shape.kv_width + (2 if shape.gated else 1) * ffn) / tensor
+        )
         traffic += (6 if layout.current_scaling else 4) * (inputs * (1 + recomputed) + gradients)
     times = constants.fused_traffic if layout.stack.fused else constants.eager_traffic
     return times * tokens * traffic / gpu.memory_bandwidth
