@@ -28,7 +28,7 @@ from parallel.plan.shapes import PublicModel, Shape, public_model
 
 UNSTATED_DATA_RANKS = 32
 """Where neither the GPUs nor the data ranks are stated."""
-NOT_DECODERS = r"t5|bert|retro|mamba|hybrid|jamba|vision|multimodal|clip|llava|mla|deepseek"
+NOT_DECODERS = r"t5|bert|retro|mamba|hybrid|jamba|vision|multimodal|clip|llava|mla|deepseek|nemotron-?h"
 EXPERTS = r"moe|mixtral|\d+x\d+b|[-_ ]a\d+(\.\d+)?b|maverick|scout|dbrx|grok|gpt-oss"
 LOGIT_BYTES_OF_OPTIONS = {
     "cross_entropy_loss_fusion": 10.0,  # the jit-fused loss is not in place: bf16, fp32 and its exponential
@@ -192,13 +192,14 @@ def layout_of_row(row: Row, shape: Shape) -> Layout:
         micro = max(1, micro // pipeline)
     is_test = _is_small_test(name, shape.hidden)
     precision = _precision(row)
+    experts = whole_of(row, "ep") or _experts_in(notes) or math.gcd(shape.experts, data)
     return Layout(
         tensor=tensor,
         context=context,
         pipeline=pipeline,
         virtual_pipeline=_virtual_pipeline(row, shape, pipeline),
         data=data,
-        expert=min(whole_of(row, "ep") or math.gcd(shape.experts, data), shape.experts),
+        expert=min(experts, shape.experts),
         micro_batch=micro,
         global_batch=whole_of(row, "gbs") or data * micro * (2 * pipeline if pipeline > 1 else 1),
         sequence=sequence,
@@ -210,8 +211,10 @@ def layout_of_row(row: Row, shape: Shape) -> Layout:
         sequence_parallel=not is_test or "sequence_parallel" in name,
         stack=stack,
         # Megatron's tests write attention scores out where they do not run on TransformerEngine, or do not resume.
-        unfused_attention=is_test and ("_te_" not in name or "resume" not in name),
-        chunked_loss="liger" in notes and "liger off" not in notes,
+        # FlashAttention appeared in 2022 and was in Megatron after that.
+        unfused_attention=(is_test and ("_te_" not in name or "resume" not in name))
+        or re.search(r"narayanan|\b20(19|20|21|22)\b", text_of(row, "source").lower()) is not None,
+        chunked_loss=_is_liger(row),
         offload="offload" in text_of(row, "shard").lower() or "offload" in text_of(row, "sharding").lower(),
     )
 
@@ -234,6 +237,11 @@ def _axes(row: Row) -> tuple[int, int, int, int]:
     return tensor, context, pipeline, data
 
 
+def _experts_in(notes: str) -> int | None:
+    stated = re.search(r"\bep\s*=?\s*(\d+)\b", notes)
+    return int(stated[1]) if stated else None
+
+
 def _virtual_pipeline(row: Row, shape: Shape, pipeline: int) -> int:
     if pipeline == 1:
         return 1
@@ -247,17 +255,19 @@ def _stack(row: Row, shape: Shape) -> tuple[Stack, Sharding]:
     stages: dict[str, Sharding] = {"zero-1": "zero1", "zero-2": "zero2", "zero-3": "zero3"}
     for key, stage in stages.items():
         if key in text:
-            return DEEPSPEED, stage
-    if "fsdp" in text or text == "zero3":
+            is_liger = _is_liger(row)
+            return (replace(DEEPSPEED, decomposed=False) if is_liger else DEEPSPEED), stage
+    if "fsdp" in text or "hsdp" in text or text == "zero3":
         if "foundry" in source or "composer" in source or "mpt" in name:
             return COMPOSER, "zero3"
         is_compiled = "compile" in text_of(row, "notes").lower()
-        return (TORCHTITAN if is_compiled else replace(TORCHTITAN, fused=False, extra_saved=2.5)), "zero3"
+        eager = replace(TORCHTITAN, fused=False, decomposed=True, extra_saved=2.5)
+        return (TORCHTITAN if is_compiled else eager), "zero3"
     megatron = MEGATRON
     for option, logit_bytes in LOGIT_BYTES_OF_OPTIONS.items():
         if option in name:
             megatron = replace(MEGATRON, logit_bytes=logit_bytes)
-    if text in ("zero1", "zero2", "distributed optimizer"):
+    if text.startswith(("zero1", "zero2", "distributed")):
         return megatron, "zero1"
     if text in ("none", "ddp"):
         return megatron, "none"
@@ -266,6 +276,11 @@ def _stack(row: Row, shape: Shape) -> tuple[Stack, Sharding]:
     # Tests say in their name whether they shard the optimizer; who trains billions does.
     is_plain = _is_small_test(name, shape.hidden) and "dist_optimizer" not in name
     return megatron, "none" if is_plain else "zero1"
+
+
+def _is_liger(row: Row) -> bool:
+    notes = text_of(row, "notes").lower()
+    return "liger" in notes and "liger off" not in notes
 
 
 def _precision(row: Row) -> Precision:
@@ -278,15 +293,14 @@ def _precision(row: Row) -> Precision:
 
 
 def _recompute(row: Row) -> Recompute:
-    match text_of(row, "recompute").lower():
-        case "full":
-            return "full"
-        case "selective":
-            return "selective"
-        case "" | "none" | "false" | "no":
-            return "none"
-        case other:
-            raise RowError(f"recompute {other!r} is not known; known are none, selective and full")
+    text = text_of(row, "recompute").lower()
+    if text in ("", "none", "false", "no", "off"):
+        return "none"
+    if text.startswith(("full", "true", "yes")):
+        return "full"
+    if text.startswith(("selective", "core", "op")):
+        return "selective"
+    raise RowError(f"recompute {text!r} is not known; known are none, selective and full")
 
 
 def _completions(row: Row, shape: Shape, gpu: Gpu, layout: Layout) -> tuple[Layout, ...]:

@@ -161,8 +161,8 @@ def with_power_limit(gpu: Gpu, watts: float) -> Gpu:
 
 def _in_table(name: str, sizes: list[float]) -> Gpu | None:
     if "A100" in name:
-        return GPUS["A100-40GB" if 40 in sizes else "A100-80GB"]
+        return GPUS["A100-40GB" if 40 in sizes or re.search(r"\b40\b", name) else "A100-80GB"]
     if "6000" in name and "ADA" in name:
         return GPUS["RTX 6000 Ada"]
-    found = re.search(r"(?<![A-FH-Z0-9])G?(H100|H200|B200)(?!\d)", name)
+    found = re.search(r"(?<![A-FH-WYZ0-9])G?(H100|H200|B200)(?!\d)", name)
     return GPUS[found[1]] if found else None

@@ -17,6 +17,8 @@ class Stack:
     name: str
     fused: bool
     """Element-wise operations are fused into few kernels."""
+    decomposed: bool
+    """Norms, rotation and activation are written in elementary operations that nothing fuses."""
     attention: Literal["vendor", "flash2", "flash1"]
     """The kernel: cuDNN or better, FlashAttention-2, or the first FlashAttention."""
     logit_bytes: float
@@ -40,6 +42,7 @@ class Stack:
 MEGATRON = Stack(
     name="megatron",
     fused=True,
+    decomposed=False,
     attention="vendor",
     logit_bytes=6,  # bf16 logits and the fp32 copy that the loss works on in place
     state_bytes=6,  # bf16 weights, fp32 gradients
@@ -51,6 +54,7 @@ MEGATRON = Stack(
 TORCHTITAN = Stack(
     name="fsdp2",
     fused=True,
+    decomposed=False,
     attention="flash2",
     logit_bytes=12,  # bf16, fp32 copy, log-softmax, its gradient
     state_bytes=8,  # fp32 weights and gradients
@@ -62,6 +66,7 @@ TORCHTITAN = Stack(
 COMPOSER = Stack(
     name="fsdp",
     fused=False,
+    decomposed=False,
     attention="flash1",
     logit_bytes=10,
     state_bytes=8,
@@ -74,6 +79,7 @@ COMPOSER = Stack(
 DEEPSPEED = Stack(
     name="deepspeed",
     fused=False,
+    decomposed=True,
     attention="flash2",
     logit_bytes=18,  # Hugging Face: bf16, fp32, shifted copy, log-softmax, its gradient
     state_bytes=4,  # bf16 both

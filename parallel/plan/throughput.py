@@ -19,6 +19,8 @@ LOSS_TRAFFIC = 24.0
 """Bytes read and written a logit by the loss and its gradient."""
 OPTIMIZER_TRAFFIC = 34.0
 """Bytes read and written a parameter by the gradient norm and AdamW on fp32 state."""
+SCORE_TRAFFIC = 12.0
+"""Bytes read and written an attention score in a forward pass that writes them out."""
 FLASH1_OVER_FLASH2 = 0.6
 """Speed of the first FlashAttention over the second, causal heads of 128 (Dao, 2023)."""
 BUCKET_PARAMETERS = 250e6
@@ -167,7 +169,8 @@ def _recomputed_forwards(layout: Layout) -> _Recomputed:
         case "selective":
             if layout.stack.selective_is_by_operation:
                 return _Recomputed(0.5, 0.0, 1.0)
-            return _Recomputed(0.0, 1.0 if layout.unfused_attention else 0.0, 0.0)
+            # Core attention runs again, also where a fused kernel leaves nothing to be saved by it.
+            return _Recomputed(0.0, 1.0, 0.0)
 
 
 def head_work(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants) -> Work:
@@ -230,11 +233,12 @@ def _attention_seconds(shape: Shape, layout: Layout, gpu: Gpu, constants: Consta
     ramp = layout.sequence / (layout.sequence + constants.attention_ramp_tokens)
     reached = constants.attention_share * kernel * ramp
     forward = 2 * layout.sequence * layout.tokens * shape.query_width / layout.tensor
-    seconds = (1 + recomputed) * forward / (rates[0] * reached) + 2.5 * forward / (rates[1] * reached)
     if layout.unfused_attention:
+        # Two matrix products over the whole square, and the scores written and read by mask, softmax and dropout.
         scores = shape.heads / layout.tensor * layout.sequence * layout.tokens
-        seconds += scores * 40 / gpu.memory_bandwidth
-    return seconds
+        products = (3 + recomputed) * 2 * forward / (gpu.bf16_gemm_flops * constants.gemm_share)
+        return products + (3 + recomputed) * SCORE_TRAFFIC * scores / gpu.memory_bandwidth
+    return (1 + recomputed) * forward / (rates[0] * reached) + 2.5 * forward / (rates[1] * reached)
 
 
 def _layer_elementwise_seconds(
@@ -243,9 +247,11 @@ def _layer_elementwise_seconds(
     split, tensor, tokens = layout.sequence_split, layout.tensor, layout.tokens
     ffn = shape.ffn * shape.experts_per_token
     # Forward, least traffic: two norms (read, write), two residual sums (read two, write one), rotation, activation.
-    residual = (4 + 4 + 6 + 6) * shape.hidden / split
-    rotation = 4 * (shape.query_width + shape.kv_width) / tensor
-    activation = (6 if shape.gated else 4) * ffn / tensor
+    # In elementary operations a norm casts, squares, scales and casts back, and a rotation goes through fp32.
+    norm, turn, gate = (14, 20, 10) if layout.stack.decomposed else (4, 4, 6)
+    residual = (2 * norm + 12) * shape.hidden / split
+    rotation = turn * (shape.query_width + shape.kv_width) / tensor
+    activation = (gate if shape.gated else 4) * ffn / tensor
     # Tokens are copied to their experts and back, and scaled.
     dispatch = 8 * shape.hidden * shape.experts_per_token / tensor if shape.experts > 1 else 0.0
     traffic = (3 + recomputed) * (residual + rotation + activation + dispatch)

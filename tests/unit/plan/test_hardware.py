@@ -15,6 +15,9 @@ from parallel.plan.hardware import GPUS, UnknownGpuError, gpu_named, with_power_
         ("DGX-H100", "H100"),
         ("A100", "A100-80GB"),
         ("A100-SXM4-40GB", "A100-40GB"),
+        ("a100_40", "A100-40GB"),
+        ("8xH100", "H100"),
+        ("GB200", "B200"),
         ("RTX 6000 Ada", "RTX 6000 Ada"),
     ],
 )

@@ -104,6 +104,23 @@ def test_axis_left_empty_follows_from_the_others(column, axis):
     assert getattr(case_of({**SAMPLE, column: ""}).layouts[0], axis) == int(SAMPLE[column])
 
 
+@pytest.mark.parametrize(
+    ("text", "source", "stack", "sharding"),
+    [
+        ("zero1", "", "megatron", "zero1"),
+        ("", "", "megatron", "zero1"),
+        ("none", "", "megatron", "none"),
+        ("fsdp", "LLM-Foundry", "fsdp", "zero3"),
+        ("FSDP2=8", "torchtitan", "fsdp2", "zero3"),
+        ("ZeRO-2", "", "deepspeed", "zero2"),
+        ("ZeRO-3 + CPU AdamW offload", "", "deepspeed", "zero3"),
+    ],
+)
+def test_sharding_tells_the_software(text, source, stack, sharding):
+    layout = case_of({**SAMPLE, "sharding": text, "source": source}).layouts[0]
+    assert (layout.stack.name, layout.sharding, layout.offload) == (stack, sharding, "offload" in text)
+
+
 def test_stated_size_tells_a_gated_layer_from_a_plain_one():
     row = {**SAMPLE, "model": "Ours", "layers": "32", "hidden": "4096", "ffn": "14336", "heads": "32", "vocab": "32000"}
     assert case_of({**row, "params_b": "8.0"}).shape.gated

@@ -9,7 +9,8 @@ from plan_samples import BUSY, LLAMA_8B, LLAMA_70B, MIXTRAL
 
 from conf.schema import ModelConfig
 from parallel.plan.hardware import GPUS
-from parallel.plan.layout import Layout
+from parallel.plan.layout import DEEPSPEED, TORCHTITAN, Layout
+from parallel.plan.memory import stage_memory
 from parallel.plan.shapes import Shape, shape_of
 from parallel.plan.throughput import StepTime, step_time
 
@@ -66,6 +67,21 @@ def test_scales_computed_from_the_tensor_itself_cost_a_pass():
     assert step_time(LLAMA_70B, replace(fp8, current_scaling=True), H100).elementwise > (
         step_time(LLAMA_70B, fp8, H100).elementwise
     )
+
+
+def test_writing_scores_out_and_unfused_operations_cost_time():
+    layout = Layout(data=8, global_batch=64, sequence=2048, sharding="zero3", stack=TORCHTITAN)
+    fused = step_time(LLAMA_8B, layout, H100)
+    assert step_time(LLAMA_8B, replace(layout, unfused_attention=True), H100).attention > 2 * fused.attention
+    eager = replace(TORCHTITAN, fused=False, decomposed=True)
+    assert step_time(LLAMA_8B, replace(layout, stack=eager), H100).elementwise > 1.5 * fused.elementwise
+
+
+def test_optimizer_in_host_memory_is_slow_and_takes_none_of_the_gpu():
+    layout = Layout(data=8, global_batch=64, sharding="zero3", stack=DEEPSPEED)
+    away = replace(layout, offload=True)
+    assert step_time(LLAMA_8B, away, H100).optimizer > 5 * step_time(LLAMA_8B, layout, H100).optimizer
+    assert stage_memory(LLAMA_8B, away, 0).optimizer == 0
 
 
 def test_bubble_shrinks_with_interleaving_and_weighs_less_with_more_micro_batches():
