@@ -13,7 +13,7 @@ import argparse
 import csv
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -185,18 +185,29 @@ def report_throughput(rows: list[Measured], constants: Constants) -> None:
         {**table, "Megatron dense, both": errors_of(dense), "all": errors_of(ratios)},
     )
     print_table("by source", by_group(rows, ratios, lambda row: row.source))
-    unseen: list[float] = []
-    ordered: list[Measured] = []
-    for source in dict.fromkeys(row.source for row in rows):
-        others = fit([row for row in rows if row.source != source])
-        left = [row for row in rows if row.source == source]
-        unseen += [math.exp(row.log_error(others)) for row in left]
-        ordered += left
+    ordered, unseen = left_out(rows, lambda row: row.source)
     print_table(
         "leave one source out: the source left out",
         {**by_group(ordered, unseen, lambda row: row.source), "all": errors_of(unseen)},
     )
     print_table("leave one source out, by kind", by_group(ordered, unseen, lambda row: row.kind))
+    ordered, unseen = left_out(rows, lambda row: (row.source, row.model))
+    print_table(
+        "leave one model of one source out, by kind",
+        {**by_group(ordered, unseen, lambda row: row.kind), "all": errors_of(unseen)},
+    )
+
+
+def left_out(rows: Sequence[Measured], name: Callable[[Measured], Hashable]) -> tuple[list[Measured], list[float]]:
+    """Rows group by group, and their predicted over measured with constants fitted to all other groups."""
+    ordered: list[Measured] = []
+    ratios: list[float] = []
+    for group in dict.fromkeys(map(name, rows)):
+        others = fit([row for row in rows if name(row) != group])
+        left = [row for row in rows if name(row) == group]
+        ordered += left
+        ratios += [math.exp(row.log_error(others)) for row in left]
+    return ordered, ratios
 
 
 def report_memory(rows: Sequence[Row]) -> None:

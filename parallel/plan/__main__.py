@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     best.add_argument("--gpus", required=True, type=int)
     best.add_argument("--batch", required=True, type=int, help="sequences a step")
     best.add_argument("--sequence", required=True, type=int, help="tokens a sequence")
-    best.add_argument("--precision", choices=("bf16", "fp8"), default="bf16")
+    best.add_argument("--precision", choices=("bf16", "fp8"), nargs="+", default=["bf16"])
     best.set_defaults(run=print_search)
     chosen = parser.parse_args(arguments)
     try:
@@ -71,7 +71,7 @@ def print_search(chosen: argparse.Namespace) -> int:
         num_gpus=chosen.gpus,
         global_batch=chosen.batch,
         sequence=chosen.sequence,
-        precision=chosen.precision,
+        precisions=tuple(chosen.precision),
     )
     started = time.perf_counter()
     found = search(task)

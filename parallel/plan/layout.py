@@ -23,6 +23,8 @@ class Stack:
     """The kernel: cuDNN or better, FlashAttention-2, or the first FlashAttention."""
     logit_bytes: float
     """Peak bytes an output logit takes: copies in bf16 and fp32 that live at once."""
+    loss_traffic: float
+    """Bytes read and written a logit by the loss and its gradient."""
     state_bytes: float
     """Bytes a parameter of weights and gradients together where they are not sharded."""
     optimizer_bytes: float
@@ -45,6 +47,7 @@ MEGATRON = Stack(
     decomposed=False,
     attention="vendor",
     logit_bytes=6,  # bf16 logits and the fp32 copy that the loss works on in place
+    loss_traffic=48,  # cast, maximum, difference, exponential, sum, quotient, and back
     state_bytes=6,  # bf16 weights, fp32 gradients
     optimizer_bytes=12,
     gradient_bytes=4,
@@ -57,6 +60,7 @@ TORCHTITAN = Stack(
     decomposed=False,
     attention="flash2",
     logit_bytes=12,  # bf16, fp32 copy, log-softmax, its gradient
+    loss_traffic=24,
     state_bytes=8,  # fp32 weights and gradients
     optimizer_bytes=8,
     gradient_bytes=4,
@@ -69,6 +73,7 @@ COMPOSER = Stack(
     decomposed=False,
     attention="flash1",
     logit_bytes=10,
+    loss_traffic=16,  # one fused kernel each way
     state_bytes=8,
     optimizer_bytes=8,
     gradient_bytes=2,
@@ -82,6 +87,7 @@ DEEPSPEED = Stack(
     decomposed=True,
     attention="flash2",
     logit_bytes=18,  # Hugging Face: bf16, fp32, shifted copy, log-softmax, its gradient
+    loss_traffic=60,
     state_bytes=4,  # bf16 both
     optimizer_bytes=12,
     gradient_bytes=2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import MEGATRON, Layout, Precision, Recompute, Sharding, Stack
@@ -27,9 +28,8 @@ class Task:
     num_gpus: int
     global_batch: int
     sequence: int
-    precision: Precision = "bf16"
-    stack: Stack = MEGATRON
-    shardings: tuple[Sharding, ...] = ("zero1",)
+    precisions: tuple[Precision, ...] = ("bf16",)
+    engines: tuple[tuple[Stack, Sharding], ...] = ((MEGATRON, "zero1"),)
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     recompute: tuple[Recompute, ...] = ("none", "full")
     """Selective recomputation is left out: with fused attention there is nothing of it to recompute in Megatron."""
@@ -48,7 +48,8 @@ class Candidate:
         experts = f" expert {at.expert}" if at.expert > 1 else ""
         return (
             f"tensor {at.tensor} context {at.context} pipeline {at.pipeline} x {at.virtual_pipeline} data {at.data}"
-            f"{experts} micro-batch {at.micro_batch} recompute {at.recompute}"
+            f"{experts} micro-batch {at.micro_batch} recompute {at.recompute} {at.precision}"
+            f" {at.stack.name} {at.sharding}"
         )
 
 
@@ -122,9 +123,8 @@ def layouts(task: Task) -> Iterator[Layout]:
                 continue
             at = replace(mesh, micro_batch=micro_batch)
             for chunks in _chunks(task.shape, at):
-                for recompute in task.recompute:
-                    for sharding in task.shardings:
-                        yield replace(at, virtual_pipeline=chunks, recompute=recompute, sharding=sharding)
+                for recompute, precision in product(task.recompute, task.precisions):
+                    yield replace(at, virtual_pipeline=chunks, recompute=recompute, precision=precision)
 
 
 def why(best: Candidate, other: Candidate) -> str:
@@ -174,7 +174,7 @@ def _meshes(task: Task) -> Iterator[Layout]:
                 data, left = divmod(task.num_gpus, tensor * context * pipeline)
                 if left or task.global_batch % data:
                     continue
-                for expert in _experts(shape, data):
+                for expert, (stack, sharding) in product(_experts(shape, data), task.engines):
                     yield Layout(
                         tensor=tensor,
                         context=context,
@@ -183,8 +183,8 @@ def _meshes(task: Task) -> Iterator[Layout]:
                         expert=expert,
                         global_batch=task.global_batch,
                         sequence=task.sequence,
-                        precision=task.precision,
-                        stack=task.stack,
+                        stack=stack,
+                        sharding=sharding,
                         sequence_parallel=tensor > 1,
                     )
 

@@ -15,8 +15,6 @@ from parallel.plan.layout import Layout
 from parallel.plan.memory import layers_of_stage, stage_parameters
 from parallel.plan.shapes import Shape
 
-LOSS_TRAFFIC = 24.0
-"""Bytes read and written a logit by the loss and its gradient."""
 OPTIMIZER_TRAFFIC = 34.0
 """Bytes read and written a parameter by the gradient norm and AdamW on fp32 state."""
 SCORE_TRAFFIC = 12.0
@@ -178,7 +176,7 @@ def head_work(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants) -> W
     columns = shape.vocab / layout.tensor
     product = _Product(layout.tokens, columns, shape.hidden)
     seconds = 3 * _matmul_seconds(product, gpu, constants, is_fp8=False)
-    traffic = layout.tokens * columns * LOSS_TRAFFIC
+    traffic = layout.tokens * columns * layout.stack.loss_traffic
     return Work(matmul=seconds, elementwise=traffic / gpu.memory_bandwidth)
 
 

@@ -8,7 +8,7 @@ from plan_samples import LLAMA_8B, LLAMA_70B, MIXTRAL
 
 from parallel.plan.__main__ import main
 from parallel.plan.hardware import GPUS
-from parallel.plan.layout import COMPOSER
+from parallel.plan.layout import COMPOSER, MEGATRON
 from parallel.plan.search import Task, layouts, search, smallest_cluster, why
 
 TASK = Task(shape=LLAMA_70B, gpu=GPUS["H200"], num_gpus=2048, global_batch=2048, sequence=8192)
@@ -84,9 +84,18 @@ def test_runner_up_loses_for_a_stated_reason():
 
 
 def test_sharded_engines_are_searched_without_interleaving():
-    task = replace(SMALL, stack=COMPOSER, shardings=("zero3",), recompute=("full",))
+    task = replace(SMALL, engines=((COMPOSER, "zero3"),), recompute=("full",))
     assert {layout.virtual_pipeline for layout in layouts(task)} == {1}
     assert search(task).front
+
+
+def test_precisions_and_engines_are_searched_together():
+    engines = ((MEGATRON, "zero1"), (COMPOSER, "zero3"))
+    task = replace(SMALL, precisions=("bf16", "fp8"), engines=engines)
+    assert {(at.precision, at.stack.name, at.sharding) for at in layouts(task)} == {
+        (precision, stack.name, sharding) for precision in ("bf16", "fp8") for stack, sharding in engines
+    }
+    assert search(task).front[0].layout.precision == "fp8"
 
 
 def test_command_prints_the_front_and_why_others_lose(capsys):
