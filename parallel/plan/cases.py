@@ -183,6 +183,11 @@ def layout_of_row(row: Row, shape: Shape) -> Layout:
     """The layout of a row; what it leaves open is filled with the plainest choice."""
     stack, sharding = _stack(row, shape)
     tensor, context, pipeline, data = _axes(row)
+    virtual = _virtual_pipeline(row, shape, pipeline)
+    if pipeline * virtual > shape.layers:
+        raise RowError(
+            f"pp x vp = {pipeline * virtual} is more than the {shape.layers} layers; each chunk has one or more"
+        )
     sequence = whole_of(row, "seq")
     if sequence is None:
         raise RowError("seq is not given; it must be the tokens of a sequence")
@@ -197,7 +202,7 @@ def layout_of_row(row: Row, shape: Shape) -> Layout:
         tensor=tensor,
         context=context,
         pipeline=pipeline,
-        virtual_pipeline=_virtual_pipeline(row, shape, pipeline),
+        virtual_pipeline=virtual,
         data=data,
         expert=min(experts, shape.experts),
         micro_batch=micro,

@@ -141,7 +141,7 @@ def with_power_limit(gpu: Gpu, watts: float) -> Gpu:
     """The same GPU under a lower limit.
 
     Power goes with the clock cubed where voltage follows the clock, and with the clock where it is at its floor; the
-    square between them is what an H100 PCIe (350 W) shows against an H100 SXM.
+    square is between them, and agrees with the one published row under a limit (torchtitan, 500 W).
     """
     slower = min(1.0, (watts / gpu.tdp_watts) ** 0.5)
 

@@ -87,6 +87,7 @@ def test_any_field_but_model_and_sequence_may_be_empty_or_absent(column):
         ({"tp": "1.5"}, "tp is 1.5; it must be a whole number"),
         ({"tp": "5"}, "tp x cp x pp x dp = 80 does not divide num_gpus = 64"),
         ({"dp": "1"}, "they must be equal"),
+        ({"vp": "40"}, "pp x vp = 160 is more than the 80 layers"),
         ({"precision": "nvfp4"}, "precision 'nvfp4' is not modelled"),
         ({"gpu": "A100", "precision": "fp8"}, "no fp8 tensor cores"),
         ({"sharding": "magic"}, "sharding 'magic' is not known"),
