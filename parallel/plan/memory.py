@@ -1,0 +1,176 @@
+"""GPU memory of every pipeline stage, part by part.
+
+Counted, not fitted: what autograd keeps for the backward pass of a layer follows from its formulas (Korthikanti et al.,
+2022, generalised to grouped queries, gated feed-forward layers and context parallelism), and weights, gradients and
+optimizer state from the sharding. What cannot be counted is the allocator's slack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.plan.layout import Layout
+from parallel.plan.shapes import Shape
+
+GIB = 2**30
+WORKSPACE_BYTES = 0.1 * GIB
+"""cuBLAS and TransformerEngine workspaces, random states: what a process holds before any tensor of ours."""
+RESERVED_SLACK = 0.03
+"""Of the peak: blocks the caching allocator holds and cannot use. Counts in reserved memory, not in allocated."""
+OUTSIDE_BYTES = 2.5 * GIB
+"""CUDA context, NCCL buffers and kernels, which no allocator statistic shows and the GPU must hold too."""
+DEEPSPEED_LIVE_PARAMETERS = 1e9
+"""ZeRO-3 `stage3_max_live_parameters`: gathered and not yet released."""
+DEEPSPEED_BUCKET = 5e8
+"""Elements of the reduce bucket; held as bf16, as its copy in flight and as its fp32 form."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageMemory:
+    """Bytes on one GPU of a pipeline stage."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+
+    @property
+    def allocated(self) -> float:
+        """Between steps: what stays when no micro-batch is in flight."""
+        return self.weights + self.gradients + self.optimizer + WORKSPACE_BYTES
+
+    @property
+    def peak(self) -> float:
+        """Most that tensors take at once in a step."""
+        return self.allocated + self.activations + self.logits + self.buffers
+
+    @property
+    def reserved(self) -> float:
+        """Peak that the caching allocator holds."""
+        return self.peak * (1 + RESERVED_SLACK)
+
+    @property
+    def needed(self) -> float:
+        """What the GPU must have."""
+        return self.reserved + OUTSIDE_BYTES
+
+
+def memory(shape: Shape, layout: Layout) -> tuple[StageMemory, ...]:
+    """Memory of each pipeline stage, first to last."""
+    return tuple(stage_memory(shape, layout, stage) for stage in range(layout.pipeline))
+
+
+def stage_memory(shape: Shape, layout: Layout, stage: int) -> StageMemory:
+    """Memory of one GPU of a pipeline stage."""
+    is_last = stage == layout.pipeline - 1
+    weights, gradients, optimizer = _states(shape, layout, stage)
+    chunk_layers = layers_of_stage(shape, layout, stage) / layout.virtual_pipeline
+    chunks = chunks_in_flight(layout, stage)
+    activations = chunks * chunk_layers * saved_bytes(shape, layout)
+    if layout.recompute == "full":
+        activations += saved_bytes(shape, layout, recompute="none")
+    if stage == 0:
+        in_flight = min(layout.micro_batches, layout.pipeline)
+        activations += in_flight * layout.tokens * shape.hidden * (3 if shape.dropout else 2) / layout.sequence_split
+    logits = 0.0
+    if is_last and not layout.chunked_loss:
+        logits = layout.tokens * shape.vocab / layout.tensor * layout.stack.logit_bytes
+    return StageMemory(
+        stage=stage,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logits=logits,
+        buffers=_buffers(shape, layout),
+    )
+
+
+def chunks_in_flight(layout: Layout, stage: int) -> int:
+    """Layer chunks of which a stage keeps activations at once: 1F1B, or its interleaved form."""
+    later = layout.pipeline - stage - 1
+    if layout.virtual_pipeline == 1:
+        return min(layout.micro_batches, later + 1)
+    warm_up = 2 * later + (layout.virtual_pipeline - 1) * layout.pipeline
+    return min(layout.micro_batches * layout.virtual_pipeline, warm_up + 1)
+
+
+def layers_of_stage(shape: Shape, layout: Layout, stage: int) -> float:
+    """Layers of a stage: an equal share; where that is not whole, embedding and head count as a layer each."""
+    if shape.layers % layout.pipeline == 0:
+        return shape.layers / layout.pipeline
+    share = (shape.layers + 2) / layout.pipeline
+    return share - (stage == 0) - (stage == layout.pipeline - 1)
+
+
+def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[float, float]:
+    """Parameters one GPU of a stage holds before data sharding: of experts, and all others."""
+    layers = layers_of_stage(shape, layout, stage)
+    experts = layers * shape.experts * shape.expert_weights if shape.experts > 1 else 0.0
+    dense = layers * shape.layer_weights - experts
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    embeddings = int(is_first) + int(is_last)
+    if shape.tied and layout.pipeline == 1:
+        embeddings = 1
+    dense += embeddings * shape.embedding_weights + (shape.learned_positions * shape.hidden if is_first else 0)
+    return experts / (layout.tensor * layout.expert), dense / layout.tensor
+
+
+def saved_bytes(shape: Shape, layout: Layout, recompute: str | None = None) -> float:
+    """Bytes that one layer keeps of one micro-batch on one GPU for its backward pass."""
+    stack, tensor = layout.stack, layout.tensor
+    hidden, queries, keys = shape.hidden, shape.query_width, shape.kv_width
+    ffn = shape.ffn * shape.experts_per_token
+    if (recompute or layout.recompute) == "full":
+        return 2 * layout.tokens * hidden / layout.sequence_split
+    if (recompute or layout.recompute) == "selective" and stack.selective_is_by_operation:
+        # The layer's input, attention's output, and every other matrix product.
+        products = queries + 2 * keys + hidden + (2 if shape.gated else 1) * ffn + hidden
+        return layout.tokens * ((2 + stack.extra_saved) * hidden + 2 * queries + products) / tensor
+    product_input = 1 if layout.precision == "fp8" and stack.saves_fp8 else 2
+    masks = 2 if shape.dropout else 0
+    norms = (4 + 2 * product_input + masks + stack.extra_saved) * hidden
+    attention = 2 * (2 * queries + 2 * keys)
+    feed_forward = (4 if shape.gated else 2) * ffn + product_input * ffn + stack.extra_saved_ffn * ffn
+    scores = 0.0
+    if layout.unfused_attention and (recompute or layout.recompute) == "none":
+        scores = 5.0 * shape.heads * layout.sequence
+    return layout.tokens * (norms / layout.sequence_split + (attention + feed_forward + scores) / tensor)
+
+
+def _states(shape: Shape, layout: Layout, stage: int) -> tuple[float, float, float]:
+    stack, group = layout.stack, layout.shards
+    experts, dense = stage_parameters(shape, layout, stage)
+    local = experts + dense
+    # Experts are shared by fewer ranks, so that there are fewer to split their optimizer state over.
+    sharded = experts / max(1, group // layout.expert) + dense / group
+    weight_bytes, gradient_bytes = (2.0, 4.0) if stack.state_bytes == 6 else (stack.state_bytes / 2,) * 2
+    fp8_copies = 2.0 * local if layout.precision == "fp8" and stack.saves_fp8 else 0.0
+    optimizer = 0.0 if layout.offload else stack.optimizer_bytes
+    match layout.sharding:
+        case "none":
+            return weight_bytes * local + fp8_copies, gradient_bytes * local, optimizer * local
+        case "zero1":
+            return weight_bytes * local + fp8_copies, gradient_bytes * local, optimizer * sharded
+        case "zero2":
+            return weight_bytes * local, gradient_bytes * sharded, optimizer * sharded
+        case "zero3":
+            return weight_bytes * sharded, gradient_bytes * sharded, optimizer * sharded
+
+
+def _buffers(shape: Shape, layout: Layout) -> float:
+    stack = layout.stack
+    if stack.name == "deepspeed":
+        bucket = DEEPSPEED_BUCKET * (2 + 2 + 4)
+        if layout.sharding != "zero3":
+            return bucket
+        live = min(DEEPSPEED_LIVE_PARAMETERS, shape.num_parameters) * 2
+        return bucket + live + 4.0 * 2 * shape.embedding_weights
+    if layout.sharding == "zero3":
+        # Two layers and the output head gathered in bf16, and their whole gradients before they are reduced.
+        unit = (2 * shape.layer_weights + shape.embedding_weights) / layout.tensor
+        return unit * (2 + stack.gradient_bytes)
+    return 0.0

@@ -1,0 +1,207 @@
+"""The best layouts for a model on a number of GPUs: every layout is timed, and the front of time and memory remains."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from parallel.plan.hardware import Gpu
+from parallel.plan.layout import MEGATRON, Layout, Precision, Recompute, Sharding, Stack
+from parallel.plan.memory import GIB, StageMemory, stage_memory
+from parallel.plan.shapes import Shape
+from parallel.plan.throughput import StepTime, step_time
+
+WORTH_LISTING = 0.97
+"""A slower layout is on the front if it needs at most this share of the memory of the one before it."""
+Refusal = Callable[[Layout], str | None]
+"""Why a layout must not be used, or None."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What is to be trained, and on what."""
+
+    shape: Shape
+    gpu: Gpu
+    num_gpus: int
+    global_batch: int
+    sequence: int
+    precisions: tuple[Precision, ...] = ("bf16",)
+    engines: tuple[tuple[Stack, Sharding], ...] = ((MEGATRON, "zero1"),)
+    micro_batches: tuple[int, ...] = (1, 2, 4, 8)
+    recompute: tuple[Recompute, ...] = ("none", "full")
+    """Selective recomputation is left out: with fused attention there is nothing of it to recompute in Megatron."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A layout with its time and its fullest stage."""
+
+    layout: Layout
+    step: StepTime
+    worst: StageMemory
+
+    def __str__(self) -> str:
+        at = self.layout
+        experts = f" expert {at.expert}" if at.expert > 1 else ""
+        return (
+            f"tensor {at.tensor} context {at.context} pipeline {at.pipeline} x {at.virtual_pipeline} data {at.data}"
+            f"{experts} micro-batch {at.micro_batch} recompute {at.recompute} {at.precision}"
+            f" {at.stack.name} {at.sharding}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """Outcome of a search."""
+
+    front: tuple[Candidate, ...]
+    """Fastest first; each next one needs clearly less memory than all before it."""
+    runner_up: Candidate | None
+    """The second fastest that fits and is allowed, whether on the front or not."""
+    considered: int
+    refused: Counter[str]
+    """Why layouts on the way to the front were refused -> how many."""
+    leanest_bytes: float | None
+    """Least that any layout needs of a GPU; None where no layout divides the GPUs and the batch."""
+
+
+def search(task: Task, refuses: Refusal = lambda layout: None) -> Found:
+    """The front of step time and memory over all layouts that fit and are not refused.
+
+    `refuses` is asked only about layouts that would enter the front or be its runner-up, so it may be slow.
+    """
+    fitting, considered, leanest = [], 0, None
+    for layout in layouts(task):
+        considered += 1
+        worst = worst_stage(task.shape, layout)
+        leanest = worst.needed if leanest is None else min(leanest, worst.needed)
+        if worst.needed <= task.gpu.memory_bytes:
+            step = step_time(task.shape, layout, task.gpu)
+            fitting.append(Candidate(layout=layout, step=step, worst=worst))
+    fitting.sort(key=lambda candidate: (candidate.step.seconds, candidate.worst.needed))
+    front: list[Candidate] = []
+    runner_up: Candidate | None = None
+    refused: Counter[str] = Counter()
+    for candidate in fitting:
+        is_leaner = not front or candidate.worst.needed < WORTH_LISTING * front[-1].worst.needed
+        if not is_leaner and runner_up is not None:
+            continue
+        reason = refuses(candidate.layout)
+        if reason is not None:
+            refused[reason] += 1
+            continue
+        if front and runner_up is None:
+            runner_up = candidate
+        if is_leaner:
+            front.append(candidate)
+    return Found(front=tuple(front), runner_up=runner_up, considered=considered, refused=refused, leanest_bytes=leanest)
+
+
+def smallest_cluster(task: Task, refuses: Refusal = lambda layout: None, most: int = 2**15) -> int | None:
+    """The fewest GPUs, in whole nodes, on which some layout fits; None where not even `most` do.
+
+    Node counts tried are powers of two times a divisor of the layers, the ones that leave no GPU unused.
+    """
+    node = task.gpu.gpus_per_node
+    counts = {node * size << power for size in divisors(task.shape.layers) for power in range(most.bit_length())}
+    for num_gpus in sorted(count for count in counts if count <= most):
+        at = replace(task, num_gpus=num_gpus)
+        fitting = (layout for layout in layouts(at) if worst_stage(task.shape, layout).needed <= task.gpu.memory_bytes)
+        if any(refuses(layout) is None for layout in fitting):
+            return num_gpus
+    return None
+
+
+def layouts(task: Task) -> Iterator[Layout]:
+    """All layouts that divide the model, the batch and the GPUs."""
+    for mesh in _meshes(task):
+        for micro_batch in task.micro_batches:
+            if task.global_batch % (mesh.data * micro_batch):
+                continue
+            at = replace(mesh, micro_batch=micro_batch)
+            for chunks in _chunks(task.shape, at):
+                for recompute, precision in product(task.recompute, task.precisions):
+                    yield replace(at, virtual_pipeline=chunks, recompute=recompute, precision=precision)
+
+
+def why(best: Candidate, other: Candidate) -> str:
+    """Why `other` is slower than `best`, or what it buys, in words: the parts of the step that differ most."""
+    slower = other.step.seconds / best.step.seconds - 1
+    memory = (other.worst.needed - best.worst.needed) / GIB
+    shares = {
+        words: (getattr(other.step, name) - getattr(best.step, name)) / best.step.seconds
+        for name, words in _PART_WORDS.items()
+    }
+    largest = sorted(shares.items(), key=lambda item: -abs(item[1]))[:3]
+    told = ", ".join(f"{words} {100 * share:+.1f} %" for words, share in largest if abs(share) >= 0.0005)
+    return f"{100 * slower:.1f} % slower ({told or 'no part stands out'}) and {memory:+.1f} GiB"
+
+
+_PART_WORDS = {
+    "matmul": "matrix products",
+    "attention": "attention",
+    "elementwise": "element-wise work",
+    "launch": "launch gaps",
+    "node_links": "tensor, context and expert traffic",
+    "pipeline_links": "pipeline traffic",
+    "bubble": "pipeline bubble",
+    "data_links": "gradient and parameter exchange",
+    "optimizer": "optimizer",
+}
+
+
+def divisors(value: int) -> list[int]:
+    """All divisors, ascending."""
+    return [size for size in range(1, value + 1) if value % size == 0]
+
+
+def _meshes(task: Task) -> Iterator[Layout]:
+    shape, node = task.shape, task.gpu.gpus_per_node
+    tensors = [
+        size
+        for size in divisors(min(node, task.num_gpus))
+        if not any(sizes % size for sizes in (shape.heads, shape.kv_heads, shape.ffn, shape.vocab))
+    ]
+    pipelines = divisors(shape.layers)
+    for tensor in tensors:
+        for context in (1, 2, 4, 8, 16):
+            if task.sequence % (2 * context * tensor) and context * tensor > 1:
+                continue
+            for pipeline in pipelines:
+                data, left = divmod(task.num_gpus, tensor * context * pipeline)
+                if left or task.global_batch % data:
+                    continue
+                for expert, (stack, sharding) in product(_experts(shape, data), task.engines):
+                    yield Layout(
+                        tensor=tensor,
+                        context=context,
+                        pipeline=pipeline,
+                        data=data,
+                        expert=expert,
+                        global_batch=task.global_batch,
+                        sequence=task.sequence,
+                        stack=stack,
+                        sharding=sharding,
+                        sequence_parallel=tensor > 1,
+                    )
+
+
+def _experts(shape: Shape, data: int) -> Sequence[int]:
+    return [size for size in divisors(shape.experts) if data % size == 0]
+
+
+def _chunks(shape: Shape, layout: Layout) -> list[int]:
+    per_stage = shape.layers // layout.pipeline
+    if layout.pipeline == 1 or layout.micro_batches % layout.pipeline or layout.stack is not MEGATRON:
+        return [1]
+    return divisors(per_stage)
+
+
+def worst_stage(shape: Shape, layout: Layout) -> StageMemory:
+    """Memory of the stage that needs most."""
+    # The first stage holds the most micro-batches, the last the logits; those between are under the first.
+    stages = {0, layout.pipeline - 1}
+    return max((stage_memory(shape, layout, stage) for stage in stages), key=lambda stage: stage.needed)
