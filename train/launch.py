@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from train.worker import Failure, Place, RankOutcome, run_rank
 
 POLL_SECONDS = 0.25
 PLACEMENT_SECONDS = 120.0
+ANSWER_SECONDS = 10.0
 # After the first failure the others get this long to tell theirs; the one that came first is shown.
 GRACE_SECONDS = 2.0
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -325,6 +327,7 @@ def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
 
     try:
         if cluster.kind == "ray":
+            _require_answer(cluster.address or "auto")
             ray.init(address=cluster.address or "auto", log_to_driver=False, logging_level="error")
         else:
             # "local" starts a new one: a cluster that happens to run on this host is not ours.
@@ -373,6 +376,17 @@ def first_failure(run: RunDir, errors: Mapping[int, Exception]) -> RankError:
         return RankError(first.rank, first.error, first.traceback, run.rank_log(first.rank))
     rank, error = min(errors.items())
     return RankError(rank, type(error).__name__, str(error), run.rank_log(rank))
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries for minutes before it says that nobody is there.
+
+    Raises:
+        OSError: nobody listens at `HOST:PORT`; addresses of another form are Ray's to find.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
 
 
 @functools.cache

@@ -295,3 +295,56 @@ def test_a_machine_without_free_ports_is_told_so_before_launch(tmp_path: Path):
     assert done.returncode == 2, done.stderr
     assert "only 8 TCP ports of this machine are free" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+# Two nodes of one rank each on this host, with addresses of their own; ends when its standard input closes.
+TWO_NODES = """
+import sys
+from ray.cluster_utils import Cluster
+small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0})
+for number in (2, 3):
+    cluster.add_node(**small, node_ip_address=f"127.0.0.{number}", labels={"fabric": "pod-1"})
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+def test_a_gang_spreads_over_the_nodes_of_a_ray_cluster_that_carry_its_labels(
+    tmp_path: Path, reference: dict[int, float]
+):
+    with subprocess.Popen(
+        [sys.executable, "-c", TWO_NODES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment() | {"RAY_USAGE_STATS_ENABLED": "0"},
+    ) as nodes:
+        assert nodes.stdin and nodes.stdout
+        try:
+            address = nodes.stdout.readline().strip()
+            ended = train(
+                tmp_path,
+                *TINY_FOUNDATION,
+                "cluster.kind=ray",
+                f"cluster.address={address}",
+                "cluster.device=cpu",
+                "cluster.num_nodes=2",
+                "cluster.ranks_per_node=1",
+                "cluster.node_labels={fabric: pod-1}",
+                "engine.mesh.pipeline=2",
+            )
+        finally:
+            nodes.stdin.close()
+            nodes.wait(30)
+    assert ended.code == 0, ended.output
+    assert losses(ended.run) == pytest.approx(reference, abs=1e-5)
+
+
+def test_a_ray_cluster_that_does_not_answer_is_told_at_once(tmp_path: Path):
+    overrides = ("cluster.kind=ray", "cluster.ranks_per_node=1", "cluster.device=cpu", "cluster.address=127.0.0.1:9")
+    ended = train(tmp_path, *TINY_FOUNDATION, *overrides, seconds=60)
+    assert ended.code == 2, ended.output
+    assert "cannot use the Ray cluster at 127.0.0.1:9" in ended.output
