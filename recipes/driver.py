@@ -1,14 +1,17 @@
 """From a configuration to a finished run: the one process a user starts.
 
 It decides, prepares, launches, follows and reports; it never touches a tensor. Exit codes: 0 finished, 1 a rank failed,
-2 something the user can mend, 75 stopped and can be continued (EX_TEMPFAIL, on which schedulers requeue).
+2 something the user can mend, 75 stopped and can be continued (EX_TEMPFAIL, on which schedulers requeue), 130 ended by
+a second Ctrl-C.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -37,6 +40,7 @@ from train.tracking import Tracker
 
 ENTRY = "recipes.run:run_stages"
 EXIT_CODES: dict[Status, int] = {"finished": 0, "failed": 1, "stopped": 75}
+INTERRUPTED = 130
 TRACKING_SECONDS = 20.0
 
 Datasets = dict[str, str]
@@ -72,9 +76,17 @@ def execute(config: RunConfig) -> int:
             # A full disk takes the status with it; the reason still reaches the screen.
             with suppress(OSError):
                 run.write_status("failed")
-            if not isinstance(error, OSError):
-                raise
-            print_failure(console, rank=None, reason=str(error), log=None)
+            match error:
+                case KeyboardInterrupt():
+                    console.print(f"Ended at once. Continue with resume={run.path}", soft_wrap=True)
+                    return INTERRUPTED
+                case BrokenPipeError():
+                    # Whoever read the screen is gone; Python would complain once more when it flushes at exit.
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                case OSError():
+                    print_failure(console, rank=None, reason=str(error), log=None)
+                case _:
+                    raise
             return EXIT_CODES["failed"]
 
 

@@ -90,7 +90,7 @@ def tensor_divides_the_model(config: RunConfig, machine: Machine) -> Iterator[Pr
         yield Problem(
             "model.vocab_size",
             f"{model.vocab_size} cannot be split over {tensor} tensor ranks; it must be a multiple of {tensor}. "
-            f"Nearest: {nearest_multiples(model.vocab_size, tensor)} (unused ids do no harm).",
+            f"Nearest above: {-(-model.vocab_size // tensor) * tensor} (unused ids do no harm).",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -227,6 +228,13 @@ def _teacher_and_student(layout: Layout) -> dict[str, Any]:
     return {"teacher unchanged": same, "student losses": losses}
 
 
+def assert_same_curve(name: str, other: Curve, one: Curve, *, abs: float) -> None:
+    """Equal losses; `pytest -rP` shows how equal."""
+    difference = max(math.fabs(mine - its) for mine, its in zip(other.losses(), one.losses(), strict=True))
+    print(f"{name}: {difference:.1e} over {len(one.losses())} steps")
+    assert other.losses() == pytest.approx(one.losses(), abs=abs)
+
+
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
     return run_ranks(everything, 8, limit_seconds=LIMIT_SECONDS)
@@ -242,7 +250,7 @@ def found(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 def test_fp32_curves_are_those_of_one_rank(found, name):
     one, other = found["fp32/one"], found[f"fp32/{name}"]
     assert one.losses()[-1] < one.losses()[0] - 0.3, "the model learns, so equal curves say something"
-    assert other.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert_same_curve(name, other, one, abs=1e-5)
     assert other.grad_norms() == pytest.approx(one.grad_norms(), abs=1e-4)
     assert [step.num_tokens for step in other.steps] == [step.num_tokens for step in one.steps]
     assert [step.metrics["z_loss"] for step in other.steps] == pytest.approx(
@@ -252,20 +260,20 @@ def test_fp32_curves_are_those_of_one_rank(found, name):
 
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_curves_are_those_of_one_rank(found, name):
-    assert found[f"bf16/{name}"].losses() == pytest.approx(found["bf16/one"].losses(), abs=1e-3)
+    assert_same_curve(f"bf16 {name}", found[f"bf16/{name}"], found["bf16/one"], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", TIED_FP32)
 def test_tied_embeddings_stay_tied(found, name):
     one, other = found["tied/one"], found[f"tied/{name}"]
-    assert other.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert_same_curve(name, other, one, abs=1e-5)
     assert other.grad_norms() == pytest.approx(one.grad_norms(), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", COMBINED)
 def test_combined_axes_are_on_the_same_curve(found, name):
     one, other = found["few/one"], found[f"few/{name}"]
-    assert other.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert_same_curve(name, other, one, abs=1e-5)
     assert other.grad_norms() == pytest.approx(one.grad_norms(), abs=1e-4)
 
 

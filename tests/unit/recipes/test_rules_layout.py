@@ -27,7 +27,7 @@ def test_heads_divide():
 
 def test_vocabulary_divides():
     config = layout(rehearsal(model__vocab_size=4097), tensor=2)
-    assert_told(config, "model.vocab_size", "multiple of 2", "Nearest: 4096 or 4098")
+    assert_told(config, "model.vocab_size", "multiple of 2", "Nearest above: 4098")
 
 
 def test_layers_divide():
