@@ -19,7 +19,7 @@ from recipes.stage import StageInput, StageOutput, open_datasets
 from train.checkpoint import Checkpoint
 from train.loop import score_documents, stream_of_stage
 from train.metrics import MetricsWriter
-from train.rundir import RunDir
+from train.rundir import run_of
 from train.scores import DocumentScores
 
 Scores = dict[tuple[str, str], DocumentScores]
@@ -71,7 +71,11 @@ def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
 def score_baseline(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
     """Scores, on the same documents, of an n-gram model that has seen what the named model saw."""
     config = given.context.config
-    seen = islice_tokens(seen_by(given.model_of(name)), stage.ngram_tokens)
+    seen = list(up_to(seen_by(given.model_of(name)), stage.ngram_tokens))
+    if not seen:
+        text = f"no n-gram beside {name}: its checkpoint was copied out of its run, which alone knows what it saw"
+        MetricsWriter(given.context.run.metrics_file).write("message", level="warning", text=text)
+        return {}
     baseline = NGram.train(seen, vocab_size=config.model.vocab_size, order=stage.ngram_order)
     scores: Scores = {}
     for source in stage.sources:
@@ -98,12 +102,12 @@ def seen_by(checkpoint: Path) -> Iterator[npt.NDArray[np.int64]]:
 
     Order is arithmetic, so what was seen is read again rather than recorded. Latest stage first.
     """
-    # RUN/stages/NAME/checkpoints/step-N: a checkpoint that was copied elsewhere has no run around it.
-    run, last = RunDir(checkpoint.parents[3]), checkpoint.parents[1].name
-    if not (run.config_file.exists() and run.datasets_file.exists()):
+    run = run_of(checkpoint)
+    if run is None:
         return
     config, datasets = load.read(run.config_file), open_datasets(run)
-    for name in reversed(config.order[: config.order.index(last) + 1]):
+    last = config.order.index(checkpoint.parents[1].name)
+    for name in reversed(config.order[: last + 1]):
         training = getattr(config.stages[name], "training", None)
         if training is not None:
             stream = stream_of_stage(config.seed, name, training, datasets)
@@ -113,7 +117,7 @@ def seen_by(checkpoint: Path) -> Iterator[npt.NDArray[np.int64]]:
         yield from seen_by(Path(config.init))
 
 
-def islice_tokens(windows: Iterator[npt.NDArray[np.int64]], limit: int) -> Iterator[npt.NDArray[np.int64]]:
+def up_to(windows: Iterator[npt.NDArray[np.int64]], limit: int) -> Iterator[npt.NDArray[np.int64]]:
     """Windows until `limit` tokens have gone by."""
     for window_S in windows:
         if limit <= 0:

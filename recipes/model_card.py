@@ -9,7 +9,7 @@ from conf import load
 from recipes.stage import StageInput
 from train.checkpoint import Checkpoint
 from train.metrics import read
-from train.rundir import RunDir
+from train.rundir import RunDir, run_of
 
 
 def model_card(given: StageInput, checkpoint: Checkpoint) -> str:
@@ -69,8 +69,8 @@ def stage_rows(run: RunDir) -> Iterator[str]:
     """Rows of `training_table` for a run, after those of the run it started from."""
     config = load.read(run.config_file)
     if config.init is not None:
-        origin = RunDir(Path(config.init).parents[3])
-        if origin.config_file.exists():
+        origin = run_of(Path(config.init))
+        if origin is not None:
             yield from stage_rows(origin)
     for name in config.order:
         training = getattr(config.stages[name], "training", None)

@@ -111,9 +111,10 @@ def _tiles(summary: RunSummary) -> str:
             value = estimate(validation["loss"], validation["standard_error"])
             tiles.append((value, f"held-out loss after {last.name}, {validation['source']}"))
     if summary.comparisons:
-        first = summary.comparisons[0]
-        value = f"{first['gain']:+.3f} nats"
-        tiles.append((value, f"gain of {first['model']} over {first['baseline']}, {first['source']}"))
+        newest = trained[-1].name if trained else ""
+        most_wanted = min(summary.comparisons, key=lambda each: each["model"] != newest)
+        names = f"{most_wanted['model']} over {most_wanted['baseline']}, {most_wanted['source']}"
+        tiles.append((f"{most_wanted['gain']:+.3f} nats", f"gain of {names}"))
     if trained:
         tokens = sum(stage.steps[-1]["tokens"] for stage in trained)
         tiles.append((count(tokens), f"tokens trained on, {count(trained[-1].started['num_parameters'])} parameters"))

@@ -244,8 +244,8 @@ def _plot_scores(axes: Axes, summary: RunSummary, column: Sequence[Evaluation | 
         on_left = each["loss"] > middle
         axes.annotate(
             f"{each['loss']:.3f}",
-            (each["loss"], row),
-            xytext=(-9 if on_left else 9, 0),
+            (each["loss"] + (-1 if on_left else 1) * each["standard_error"], row),
+            xytext=(-6 if on_left else 6, 0),
             textcoords="offset points",
             ha="right" if on_left else "left",
             va="center",

@@ -194,6 +194,14 @@ def newest_unfinished(runs_dir: Path, recipe: str) -> Path | None:
     return None
 
 
+def run_of(checkpoint: Path) -> RunDir | None:
+    """The run a checkpoint lies in (RUN/stages/NAME/checkpoints/step-N); None where it was copied out of its run."""
+    if len(checkpoint.parents) < 4:
+        return None
+    run = RunDir(checkpoint.parents[3])
+    return run if run.config_file.exists() and run.datasets_file.exists() else None
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a file whole or not at all: readers see the old text or the new one."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")

@@ -211,6 +211,24 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(tmp_path: Path):
     assert re.search(r"log +\S+rank-0000[01]\.log", ended.output)
 
 
+def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from(whole: Ended, tmp_path: Path):
+    copied = tmp_path / "copied"
+    shutil.copytree(json.loads((whole.run / "config.json").read_text())["init"], copied)
+    ended = train(
+        tmp_path / "runs",
+        "recipe=business_module",
+        f"init={copied}",
+        *TINY_MODEL,
+        "stages.specialise.training.tokens=2048",
+        "stages.specialise.training.validation_tokens=2000",
+        "stages.evaluate.tokens=2000",
+        "tracking.mode=disabled",
+    )
+    assert ended.code == 0, ended.output
+    assert "no n-gram beside init" in ended.output
+    assert (ended.run / "export" / "model.safetensors").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused_before_launch(whole: Ended, tmp_path: Path):
     init = json.loads((whole.run / "config.json").read_text())["init"]
     ended = train(tmp_path, "recipe=business_module", f"init={init}", *TINY_MODEL, "model.num_layers=2")
