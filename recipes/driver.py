@@ -107,7 +107,8 @@ class Driver:
         with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
             # Reading and tokenising takes about as long as starting the ranks: both at once.
             datasets = pool.submit(prepare_sources, config)
-            with launcher:
+            # Ray puts handlers of its own in place of ours when it starts; ours go over them.
+            with launcher, stop_on_signals(self.stop):
                 status, config = self.with_origin(run, config, launcher, datasets)
                 if status == "finished":
                     status = self.follow(run, config, launcher, datasets, warnings)
