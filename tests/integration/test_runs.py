@@ -185,7 +185,7 @@ def test_ctrl_c_saves_exits_75_and_the_same_layout_resumes_to_the_last_bit(tmp_p
     assert losses(run) == losses(again.run)
 
 
-def test_sigterm_while_the_foundation_is_rehearsed_saves_and_the_module_resumes_through_it(tmp_path: Path):
+def test_sigterm_while_the_foundation_is_rehearsed_saves_and_resuming_the_module_continues_it(tmp_path: Path):
     overrides = ("recipe=business_module", *TINY_MODEL, "stages.specialise.training.tokens=2048")
     with started(tmp_path, *overrides, "tracking.mode=disabled", log=tmp_path / "o") as process:
         wait_for(lambda: has_step(tmp_path, "foundation", 3), 120, "step 3 of the foundation")
@@ -194,9 +194,11 @@ def test_sigterm_while_the_foundation_is_rehearsed_saves_and_the_module_resumes_
     foundation = run_in(tmp_path, "foundation")
     assert foundation is not None
     stopped_at = max(losses(foundation))
-    ended = train(tmp_path, "recipe=business_module", "resume=latest")
-    assert ended.code == 0, ended.output
-    assert f"continues after step {stopped_at}" in ended.output
+    again = tmp_path / "again"
+    with started(tmp_path, "recipe=business_module", "resume=latest", log=again) as process:
+        wait_for(lambda: f"continues after step {stopped_at}" in again.read_text(), 120, "the foundation continues")
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 75, again.read_text()
     assert len(list(tmp_path.glob("foundation-*/config.json"))) == 1
     assert len(list(tmp_path.glob("business_module-*/config.json"))) == 1
 
