@@ -105,12 +105,13 @@ def seen_by(checkpoint: Path) -> Iterator[npt.NDArray[np.int64]]:
     run = run_of(checkpoint)
     if run is None:
         return
-    config, datasets = load.read(run.config_file), open_datasets(run)
+    config = load.read(run.config_file)
+    datasets = open_datasets(run, config.data)
     last = config.order.index(checkpoint.parents[1].name)
     for name in reversed(config.order[: last + 1]):
         training = getattr(config.stages[name], "training", None)
         if training is not None:
-            stream = stream_of_stage(config.seed, name, training, datasets)
+            stream = stream_of_stage(config, name, training, datasets)
             for step in range(training.num_steps):
                 yield from stream.windows(stream.sample_ids(step))
     if config.init is not None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import CheckpointError
-from data.shards import Dataset
+from conf.schema import DataConfig
+from data.shards import Access, Dataset
+from data.tiers import open_tiers
 from train.checkpoint import Checkpoint
 from train.metrics import MetricsWriter
 from train.rundir import RunDir
@@ -78,9 +80,10 @@ class StageOutput:
     checkpoint: Path | None
 
 
-def open_datasets(run: RunDir) -> dict[str, Dataset]:
-    """The prepared sources of a run, as its driver wrote them down."""
-    return {name: Dataset.open(path) for name, path in json.loads(run.datasets_file.read_text()).items()}
+def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
+    """The prepared sources of a run, as its driver wrote them down, behind the tiers they share."""
+    access = Access(storage=data.storage, tiers=open_tiers(data.tiers))
+    return {name: Dataset.open(path, access) for name, path in json.loads(run.datasets_file.read_text()).items()}
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.schema import ModelConfig, TrainingConfig
+from conf.schema import ModelConfig, RunConfig, TrainingConfig
 from data.batch import Batch
 from data.held_out import held_out_batches
 from data.order import key_of
 from data.prefetch import Prefetch
 from data.shards import Dataset
-from data.stream import Stream
+from data.stream import Stream, StreamSpec, mixtures_of
 from parallel import device
 from parallel.engine import Engine, StepResult, TensorSource
 from parallel.loss import CrossEntropy
@@ -71,7 +71,7 @@ class TrainingLoop:
         self.engine = engine
         self.initial = initial
         training = job.training
-        self.stream = stream_of_stage(context.config.seed, job.name, training, job.datasets)
+        self.stream = stream_of_stage(context.config, job.name, training, job.datasets)
         self.objective = CrossEntropy(z_loss=training.z_loss)
         self.metrics = MetricsWriter(context.run.metrics_file) if context.is_first else None
         self.checkpoints = context.run.checkpoints(job.name)
@@ -249,20 +249,24 @@ class TrainingLoop:
             self.metrics.write("message", level=level, text=text)
 
 
-def stream_of_stage(seed: int, stage: str, training: TrainingConfig, datasets: Mapping[str, Dataset]) -> Stream:
+def stream_of_stage(config: RunConfig, stage: str, training: TrainingConfig, datasets: Mapping[str, Dataset]) -> Stream:
     """The samples of a stage. Stages of one run shuffle differently, so a later one does not replay an earlier one.
 
     Raises:
-        DataError: a source of the mixture is missing or shorter than one sample.
+        DataError: a source of the mixture is missing, shorter than one sample, or would be repeated too often.
     """
-    return Stream(
-        {name: datasets[name] for name in training.mixture},
-        mixture=training.mixture,
-        seed=key_of(seed, stage),
+    limits = {name: source.max_epochs for name, source in config.data.sources.items() if source.max_epochs is not None}
+    spec = StreamSpec(
+        mixtures=mixtures_of(training),
+        seed=key_of(config.seed, stage),
         sequence_length=training.sequence_length,
         global_batch=training.global_batch,
         micro_batch=training.micro_batch,
+        shuffle=config.data.shuffle,
+        max_epochs=limits,
+        num_steps=training.num_steps,
     )
+    return Stream(datasets, spec)
 
 
 def score_documents(engine: Engine, batches: list[Batch]) -> DocumentScores:
