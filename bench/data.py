@@ -127,8 +127,9 @@ def read_floor(location: str, part: str, cache: str) -> Iterator[np.ndarray]:
     paths = sorted(store.sizes("train/shards"))
     with ThreadPoolExecutor(2) as pool:
         for content in pool.map(lambda path: obstore.get(client, path).bytes(), paths):
-            for batch in pa.ipc.open_file(pa.py_buffer(memoryview(content))):
-                yield batch.column(0).to_numpy()
+            file = pa.ipc.open_file(pa.py_buffer(memoryview(content)))
+            for number in range(file.num_record_batches):
+                yield file.get_batch(number).column(0).to_numpy()
 
 
 def our_stream(location: str, cache: str) -> Any:

@@ -165,6 +165,11 @@ class TrainingConfig(Strict):
     """Newest ones kept; the last verified one is never deleted."""
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Sources of all its mixtures."""
+        return tuple(dict.fromkeys([*self.mixture, *(name for each in self.mixture_changes for name in each.mixture)]))
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens an optimizer step."""
         return self.global_batch * self.sequence_length

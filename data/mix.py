@@ -167,6 +167,11 @@ class MixtureSchedule:
         return dict(zip(self.names, counts.sum(axis=0).tolist(), strict=True))
 
 
+def num_lanes_of(global_batch: int, most: int) -> int:
+    """The largest number of lanes up to `most` that a global batch can be dealt to evenly."""
+    return max(lanes for lanes in range(1, min(most, global_batch) + 1) if global_batch % lanes == 0)
+
+
 def _block_counts(weights: list[Fraction]) -> tuple[int, ...]:
     shares = [weight / sum(weights) for weight in weights]
     block = math.lcm(*(share.denominator for share in shares))

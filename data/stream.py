@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from conf.errors import DataError
-from conf.schema import ShuffleConfig, TrainingConfig
+from conf.errors import DataError, UserError
+from conf.schema import RunConfig, ShuffleConfig, TrainingConfig
 from data.batch import Batch
 from data.index import PART_SHARDS
-from data.mix import MixtureSchedule
+from data.mix import MixtureSchedule, num_lanes_of
 from data.order import BlockShuffle, Indices, key_of
 from data.shards import Dataset, Tokens
 
@@ -124,8 +124,7 @@ class Stream:
             ValueError: a mixture is impossible.
         """
         self.spec = spec
-        rows = spec.global_batch
-        self.num_lanes = max(lanes for lanes in range(1, min(spec.shuffle.lanes, rows) + 1) if rows % lanes == 0)
+        self.num_lanes = num_lanes_of(spec.global_batch, spec.shuffle.lanes)
         self._schedule = MixtureSchedule(
             spec.mixtures, seed=spec.seed, num_lanes=self.num_lanes, global_batch=spec.global_batch
         )
@@ -207,6 +206,20 @@ class Stream:
         """Blocks that a step reads something of, as (source, number)."""
         sources, _, first_tokens = self._locate(self.sample_ids(step))
         return [(self._sources[source].name, block) for source, block in self._blocks_of(sources, first_tokens)]
+
+    def counters(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """What was read so far: of storage, and of each tier by name."""
+        readers = [source.dataset.reader for source in self._sources]
+        counters = [source.dataset.store.counters for source in self._sources]
+        storage: dict[str, float] = {
+            "requests": sum(each.requests for each in counters),
+            "bytes": sum(each.bytes_read for each in counters),
+            "retries": sum(each.retries for each in counters),
+            "damaged": sum(reader.num_damaged for reader in readers),
+        }
+        # All sources share the tiers.
+        tiers = {tier.name: tier.counters.as_dict() for tier in readers[0].tiers}
+        return storage, tiers
 
     def working_set_bytes(self, num_rows: int) -> int:
         """Memory of the decoded blocks that a rank with so many rows of each step mixes at a time."""
@@ -304,6 +317,31 @@ class Stream:
                     f"source '{source.name}' would be seen {epochs:.2f} times, and max_epochs={most:g} allows fewer. "
                     "Train on fewer tokens, give it a smaller weight or raise its max_epochs."
                 )
+
+
+def stream_of_stage(config: RunConfig, stage: str, datasets: Mapping[str, Dataset]) -> Stream:
+    """The samples of a training stage. Stages of one run shuffle differently, so none replays another.
+
+    Raises:
+        DataError: a source of the mixture is missing, shorter than one sample, or would be repeated too often.
+        UserError: the stage does not train.
+    """
+    training: TrainingConfig | None = getattr(config.stages.get(stage), "training", None)
+    if training is None:
+        names = [name for name in config.order if hasattr(config.stages[name], "training")]
+        raise UserError(f"stage '{stage}' takes no training steps; those that do: {', '.join(names)}.")
+    limits = {name: source.max_epochs for name, source in config.data.sources.items() if source.max_epochs is not None}
+    spec = StreamSpec(
+        mixtures=mixtures_of(training),
+        seed=key_of(config.seed, stage),
+        sequence_length=training.sequence_length,
+        global_batch=training.global_batch,
+        micro_batch=training.micro_batch,
+        shuffle=config.data.shuffle,
+        max_epochs=limits,
+        num_steps=training.num_steps,
+    )
+    return Stream(datasets, spec)
 
 
 def mixtures_of(training: TrainingConfig) -> list[tuple[int, Mapping[str, float]]]:

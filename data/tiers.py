@@ -48,6 +48,17 @@ class TierCounters:
         """Hits over look-ups; 0 before the first."""
         return self.hits / max(1, self.hits + self.misses)
 
+    def as_dict(self) -> dict[str, float]:
+        """For the record of a run."""
+        return {
+            "hits": self.hits,
+            "hit_ratio": self.hit_ratio,
+            "bytes": self.bytes_read,
+            "seconds": self.seconds,
+            "damaged": self.damaged,
+            "failures": self.failures,
+        }
+
 
 class Tier(Protocol):
     """A bounded cache; any method may be called from several threads."""
@@ -251,6 +262,7 @@ class RedisTier:
         self.counters = TierCounters()
         self._seconds = config.ttl_seconds
         self._paused_until = 0.0
+        self._is_cluster = config.cluster
         self._client = _redis_client(config)
 
     def get(self, key: str) -> memoryview | None:
@@ -279,7 +291,8 @@ class RedisTier:
         import redis
 
         try:
-            settings = self._client.config_get("maxmemory*")
+            target = {"target_nodes": "random"} if self._is_cluster else {}
+            settings = self._client.config_get("maxmemory*", **target)
         except (redis.RedisError, OSError) as error:
             raise DataError(f"data.tiers: Redis does not answer ({error}). Start it, or leave the tier out.") from error
         if not int(settings.get("maxmemory", 0)) or settings.get("maxmemory-policy") == "noeviction":
@@ -319,6 +332,17 @@ def open_tiers(configs: Sequence[TierConfig]) -> list[Tier]:
             case RedisTierConfig():
                 tiers.append(RedisTier(config))
     return tiers
+
+
+def check_tiers(configs: Sequence[TierConfig]) -> None:
+    """Make sure that servers of tiers are there and bounded, before anything is launched.
+
+    Raises:
+        DataError: one is not.
+    """
+    for config in configs:
+        if isinstance(config, RedisTierConfig):
+            RedisTier(config).check()
 
 
 def _redis_client(config: RedisTierConfig) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from conf.errors import CheckpointError
 from conf.schema import DataConfig
+from data.archive import Archive
 from data.shards import Access, Dataset
 from data.tiers import open_tiers
 from train.checkpoint import Checkpoint
@@ -82,8 +83,12 @@ class StageOutput:
 
 def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
     """The prepared sources of a run, as its driver wrote them down, behind the tiers they share."""
-    access = Access(storage=data.storage, tiers=open_tiers(data.tiers))
-    return {name: Dataset.open(path, access) for name, path in json.loads(run.datasets_file.read_text()).items()}
+    tiers = open_tiers(data.tiers)
+    datasets = {}
+    for name, path in json.loads(run.datasets_file.read_text()).items():
+        wait = Archive(path, data.storage).wait if path.startswith("s3://") else None
+        datasets[name] = Dataset.open(path, Access(storage=data.storage, tiers=tiers, on_archived=wait))
+    return datasets
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:
