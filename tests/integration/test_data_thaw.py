@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
+from typing import Literal
 
 import boto3
 import numpy as np
@@ -135,3 +136,12 @@ def test_without_permission_to_restore_the_shard_and_the_permission_are_named(
     monkeypatch.setattr(archive._client, "restore_object", denied)
     with pytest.raises(DataError, match=r"00000001\.arrow: is archived and may not be restored.*s3:RestoreObject"):
         archive.request(ARCHIVED[0])
+
+
+@pytest.mark.parametrize(("encryption", "stored"), [("sse_s3", "AES256"), ("sse_kms", "aws:kms")])
+def test_what_is_written_is_encrypted_as_asked(
+    cold: str, encryption: Literal["sse_s3", "sse_kms"], stored: str
+) -> None:
+    Store.open("s3://cold/secret", StorageConfig(endpoint=cold, encryption=encryption)).write("object", b"text")
+    client = boto3.client("s3", endpoint_url=cold)
+    assert client.head_object(Bucket="cold", Key="secret/object")["ServerSideEncryption"] == stored
