@@ -70,6 +70,22 @@ class _CpuCuda(ModuleType):
         self.get_rng_state: Callable[..., Tensor] = lambda device=None: torch.get_rng_state()
         self.set_rng_state: Callable[..., None] = lambda state, device=None: torch.set_rng_state(state)
         self.random: _CpuCuda = self
+        self.Stream: Callable[..., _Queue] = lambda *args, **kwargs: _Queue()
+        self.current_stream: Callable[..., _Queue] = lambda device=None: _Queue()
+        self.stream: Callable[[_Queue], AbstractContextManager[None]] = lambda stream: nullcontext()
+
+
+class _Queue:
+    """A stream of work that is done when it is asked for, and so its own event."""
+
+    def record_event(self) -> _Queue:
+        return self
+
+    def wait_stream(self, stream: _Queue) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _AsOnCuda(TorchFunctionMode):
@@ -131,8 +147,17 @@ def _keep_sent_tensors(module: Any) -> None:
     module._p2p_ops = keep_and_send
 
 
+def _know_counts_on_host(module: Any) -> None:
+    # All-to-all wants numbers of tokens as numbers; Megatron makes them such where it moves them from the GPU.
+    def as_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+    module.maybe_move_tensor_to_cpu = as_on_host
+
+
 SPECIAL_CARE = {
     "megatron.core.tensor_parallel.random": _use_cpu_random_state,
     "megatron.core.models.common.embeddings.rotary_pos_embedding": _slice_rotary_angles,
     "megatron.core.pipeline_parallel.p2p_communication": _keep_sent_tensors,
+    "megatron.core.transformer.moe.token_dispatcher": _know_counts_on_host,
 }

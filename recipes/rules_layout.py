@@ -17,7 +17,7 @@ def mesh_of(config: RunConfig) -> Mesh:
     """The mesh of a resolved configuration."""
     mesh = config.engine.mesh
     assert mesh.data is not None, "the mesh is resolved first"
-    return Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor)
+    return Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor, expert=mesh.expert)
 
 
 def trainings_of(config: RunConfig) -> dict[str, TrainingConfig]:
