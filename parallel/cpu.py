@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
@@ -155,9 +156,34 @@ def _know_counts_on_host(module: Any) -> None:
     module.maybe_move_tensor_to_cpu = as_on_host
 
 
+def _exchange_unequal_parts(module: Any) -> None:
+    # gloo gathers and scatters equal parts only; a sum with zeros, or of all parts, says the same.
+    gather, scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather)
+    def gather_parts(part: Tensor, group: ProcessGroup, sizes: list[int] | None = None, *rest: Any) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return cast(Tensor, gather(part, group, sizes, *rest))
+        whole = part.new_zeros((sum(sizes), *part.shape[1:]))
+        whole.split(sizes)[group.rank()].copy_(part)
+        torch.distributed.all_reduce(whole, group=group)
+        return whole
+
+    @functools.wraps(scatter)
+    def scatter_parts(whole: Tensor, group: ProcessGroup, sizes: list[int] | None = None, *rest: Any) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return cast(Tensor, scatter(whole, group, sizes, *rest))
+        total = whole.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather_parts, scatter_parts
+
+
 SPECIAL_CARE = {
     "megatron.core.tensor_parallel.random": _use_cpu_random_state,
     "megatron.core.models.common.embeddings.rotary_pos_embedding": _slice_rotary_angles,
     "megatron.core.pipeline_parallel.p2p_communication": _keep_sent_tensors,
     "megatron.core.transformer.moe.token_dispatcher": _know_counts_on_host,
+    "megatron.core.tensor_parallel.mappings": _exchange_unequal_parts,
 }
