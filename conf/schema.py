@@ -113,9 +113,9 @@ class ModelConfig(Strict):
     def train_flops_per_token(self, sequence_length: int) -> float:
         """Model FLOPs of one training step for one token, the numerator of model TFLOP/s and MFU.
 
-        Forward and backward are 6 FLOPs a matmul weight (of the experts the token goes to), plus the attention scores and their use: 12 x layers x heads x
-        head_dim x sequence_length over the whole square, counted half because attention is causal. Recomputation,
-        norms, softmax and the optimizer are not counted.
+        Forward and backward are 6 FLOPs a matmul weight (of the experts the token goes to), plus the attention scores
+        and their use: 12 x layers x heads x head_dim x sequence_length over the whole square, counted half because
+        attention is causal. Recomputation, norms, softmax and the optimizer are not counted.
         """
         attention = 6 * self.num_layers * self.num_attention_heads * self.head_dim * sequence_length
         return float(6 * self.num_matmul_parameters + attention)

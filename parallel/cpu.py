@@ -165,7 +165,7 @@ def _exchange_unequal_parts(module: Any) -> None:
         if sizes is None or group.size() == 1:
             return cast(Tensor, gather(part, group, sizes, *rest))
         whole = part.new_zeros((sum(sizes), *part.shape[1:]))
-        whole.split(sizes)[group.rank()].copy_(part)
+        _part(whole, sizes, group).copy_(part)
         torch.distributed.all_reduce(whole, group=group)
         return whole
 
@@ -175,9 +175,13 @@ def _exchange_unequal_parts(module: Any) -> None:
             return cast(Tensor, scatter(whole, group, sizes, *rest))
         total = whole.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=group)
-        return total.split(sizes)[group.rank()].clone()
+        return _part(total, sizes, group).clone()
 
     module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather_parts, scatter_parts
+
+
+def _part(whole: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+    return torch.split(whole, sizes)[group.rank()]
 
 
 SPECIAL_CARE = {

@@ -11,7 +11,7 @@ K experts a token, L experts of this rank, N tokens sent to those, F this tensor
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,7 @@ class Router(torch.nn.Module):
         z = logits_TE.logsumexp(dim=1).square().sum() / num_tokens
         self.totals.sums[:2] += torch.stack((balance, z)).detach()
         loss = experts.balance_loss * balance + experts.router_z_loss * z
-        return MoEAuxLossAutoScaler.apply(logits_TE, loss * self.totals.weight)
+        return cast(Tensor, MoEAuxLossAutoScaler.apply(logits_TE, loss * self.totals.weight))
 
     def _within_capacity(self, weights_TE: Tensor, sent_TE: Tensor, factor: float) -> Tensor:
         """Which tokens experts take: of a micro-batch's, those with the largest weights. Ties are all taken."""

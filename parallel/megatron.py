@@ -58,7 +58,7 @@ class MegatronEngine:
         with tensors_as_on_cuda():
             self._chunks = build_chunks(model, engine, mesh)
         self._parameters = dict(self._named_boxes(model))
-        self._families = families_of(self._parameters)
+        self._families = families_of(parameter for chunk in self._chunks for parameter in chunk.parameters())
         self._num_layers = model.num_layers
         self._routers = [router for chunk in self._chunks for router in routers_of(chunk)]
         self._totals = RouterTotals(self._device) if model.experts else None

@@ -57,7 +57,7 @@ class Family:
     """
 
     is_expert: bool
-    parameters: list[Tensor]
+    parameters: list[torch.nn.Parameter]
     group: dist.ProcessGroup
 
     @property
@@ -70,9 +70,9 @@ class Family:
         return share_of_replica([tensor.numel() for tensor in tensors], self.replica, self.group.size())
 
 
-def families_of(parameters: Iterable[Tensor]) -> list[Family]:
+def families_of(parameters: Iterable[torch.nn.Parameter]) -> list[Family]:
     """Weights by which ranks hold equal copies of them: without expert groups there is one family."""
-    kinds: dict[bool, list[Tensor]] = {False: [], True: []}
+    kinds: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
     for parameter in parameters:
         kinds[not getattr(parameter, "allreduce", True)].append(parameter)
     dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -88,8 +88,7 @@ class ShardedAdam:
     def __init__(self, chunks: Sequence[Any], family: Family, engine: EngineConfig, optim: OptimConfig) -> None:
         self.distributed = engine.distributed_optimizer
         self.family = family
-        parameters = family.parameters
-        self.adam = adam.make_adam(parameters, optim)
+        self.adam = adam.make_adam(family.parameters, optim)
         config = OptimizerConfig(
             optimizer="adam",
             lr=optim.learning_rate,

@@ -17,8 +17,14 @@ from parallel.boxes import Box
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 OUTPUT = "lm_head.weight"
+# Within a layer.
 ROUTER = "block_sparse_moe.gate.weight"
-"""Within a layer."""
+WHOLE = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.router.weight": ROUTER,
+}
+"""What every tensor rank holds all of, by its name in Megatron."""
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -123,11 +129,9 @@ def _boxes_in_layer(
     def whole(name: str) -> Box:
         return part.whole(layer + name, shapes[layer + name])
 
+    if parameter in WHOLE:
+        return (whole(WHOLE[parameter]),)
     match parameter:
-        case "input_layernorm.weight":
-            return (whole("input_layernorm.weight"),)
-        case "pre_mlp_layernorm.weight":
-            return (whole("post_attention_layernorm.weight"),)
         case "self_attention.linear_qkv.weight":
             groups = model.num_kv_heads // part.size
             heads = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
@@ -138,8 +142,6 @@ def _boxes_in_layer(
             return rows("mlp.gate_proj.weight"), rows("mlp.up_proj.weight")
         case "mlp.linear_fc2.weight":
             return (columns("mlp.down_proj.weight"),)
-        case "mlp.router.weight":
-            return (whole(ROUTER),)
     raise AssertionError(f"Megatron has a parameter that a layer should not have: {parameter}")
 
 

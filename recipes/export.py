@@ -1,4 +1,4 @@
-"""Write the incoming model as a Hugging Face directory, `LlamaForCausalLM` or `MixtralForCausalLM`: weights, config, tokenizer, model card."""
+"""Write the incoming model as a Hugging Face directory, a Llama or a Mixtral: weights, config, tokenizer, card."""
 
 from __future__ import annotations
 

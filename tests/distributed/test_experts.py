@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +54,12 @@ COMBINED = {
         tensor=2, context=2, data=2, expert=4, sequence_parallel=True, distributed_optimizer=True
     ),
 }
+DEEP = {
+    "expert x interleaved": Layout(
+        pipeline=2, virtual_pipeline=2, data=2, expert=2, distributed_optimizer=True, overlap=True
+    ),
+    "one": Layout(),
+}
 DROPPED = {
     "expert": Layout(data=2, expert=2),
     "context": Layout(context=2, expert=2, distributed_optimizer=True),
@@ -94,6 +102,7 @@ def _runs_of_size(size: int, found: dict[str, Any]) -> None:
     for family, model, layouts, num_steps in (
         ("curves", MOE, CURVES | {"one": Layout()}, NUM_STEPS),
         ("combined", MOE, COMBINED, FEW_STEPS),
+        ("deep", replace(MOE, num_layers=4), DEEP, FEW_STEPS),
         ("dropping", DROPPING, DROPPED | {"one": Layout()}, FEW_STEPS),
     ):
         for name, layout in layouts.items():
@@ -203,8 +212,6 @@ def _mixtral() -> dict[str, Any]:
 
 def mixtral_like(model: ModelConfig, weights: InitialWeights) -> Any:
     """A MixtralForCausalLM of these weights, loaded from a directory in the stored layout."""
-    import tempfile
-
     from safetensors.torch import save_file
     from transformers import MixtralForCausalLM
 
@@ -213,8 +220,6 @@ def mixtral_like(model: ModelConfig, weights: InitialWeights) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         tensors = {name: weights.read(name, (0,) * len(shape), shape) for name, shape in weights.shapes.items()}
         save_file(tensors, f"{directory}/model.safetensors", metadata={"format": "pt"})
-        from pathlib import Path
-
         write_json(Path(directory) / "config.json", hugging_face_config(model, torch.float32))
         mixtral, loading = MixtralForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(loading.values()), loading
@@ -223,7 +228,9 @@ def mixtral_like(model: ModelConfig, weights: InitialWeights) -> Any:
 
 def _mixtral_sums(mixtral: Any, batch: Any) -> torch.Tensor:
     """Objective in nats, counted tokens, and of all layers the balance and the squared log-partition of the router."""
-    tokens, labels, mask = (torch.from_numpy(getattr(batch, name)) for name in ("tokens_BS", "labels_BS", "loss_mask_BS"))
+    tokens, labels, mask = (
+        torch.from_numpy(getattr(batch, name)) for name in ("tokens_BS", "labels_BS", "loss_mask_BS")
+    )
     output = mixtral(input_ids=tokens, output_router_logits=True)
     logits = output.logits.flatten(0, 1)
     nll = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none")
@@ -264,6 +271,10 @@ def test_curves_are_those_of_one_rank(found, name):
     assert one.of("loss")[-1] < one.of("loss")[0] - 0.3, "the model learns, so equal curves say something"
     assert max(one.of("router_balance")) > 1.02, "and routers are uneven, so equal losses do"
     assert_same_curve(name, found[name], one)
+
+
+def test_interleaved_pipeline_is_on_the_curve_of_one_rank(found):
+    assert_same_curve("interleaved", found["deep/expert x interleaved"], found["deep/one"])
 
 
 @pytest.mark.parametrize("name", CURVES)
