@@ -100,8 +100,8 @@ class MegatronEngine:
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=engine.overlap,
-            overlap_param_gather=engine.overlap and engine.distributed_optimizer,
-            use_distributed_optimizer=engine.distributed_optimizer,
+            overlap_param_gather=engine.overlap and engine.zero_stage == 1,
+            use_distributed_optimizer=engine.zero_stage == 1,
             bucket_size=min(LARGEST_BUCKET, -(-num_elements // BUCKETS_TO_OVERLAP)),
         )
         models = [
@@ -241,7 +241,7 @@ class MegatronEngine:
 
     def weights(self) -> Iterator[Piece]:
         """See `Engine.weights`."""
-        if self._adams and self._engine.distributed_optimizer and self._engine.overlap:
+        if self._adams and self._engine.zero_stage == 1 and self._engine.overlap:
             # The updated shards would be gathered only in the next forward pass.
             for model in self._models:
                 model.start_param_sync(force_sync=True)

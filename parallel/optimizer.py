@@ -86,7 +86,7 @@ class ShardedAdam:
     """AdamW over one family of weights of the wrapped (DDP) chunks of a model."""
 
     def __init__(self, chunks: Sequence[Any], family: Family, engine: EngineConfig, optim: OptimConfig) -> None:
-        self.distributed = engine.distributed_optimizer
+        self.distributed = engine.zero_stage == 1
         self.family = family
         self.adam = adam.make_adam(family.parameters, optim)
         config = OptimizerConfig(
@@ -94,8 +94,8 @@ class ShardedAdam:
             lr=optim.learning_rate,
             bf16=engine.precision == "bf16",
             params_dtype=torch.bfloat16 if engine.precision == "bf16" else torch.float32,
-            use_distributed_optimizer=engine.distributed_optimizer,
-            overlap_param_gather=engine.distributed_optimizer and engine.overlap,
+            use_distributed_optimizer=self.distributed,
+            overlap_param_gather=self.distributed and engine.overlap,
         )
         with tensors_as_on_cuda():
             self.wrapper = self._wrap(chunks, config)

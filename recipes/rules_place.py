@@ -52,10 +52,12 @@ def state_bytes(config: RunConfig) -> int:
     if not trainings_of(config):
         return parameters * weights
     gradients, adam = 4, 12 if engine.precision == "bf16" else 8
-    state = parameters * adam
-    if engine.distributed_optimizer:
-        state = dense * adam // mesh.num_replicas + experts * adam // mesh.num_expert_replicas
-    return parameters * (weights + gradients) + state
+    from_stage = ((1, adam), (2, gradients), (3, weights))
+
+    def held(parameters: int, replicas: int) -> int:
+        return sum(parameters * size // (replicas if engine.zero_stage >= stage else 1) for stage, size in from_stage)
+
+    return held(dense, mesh.num_replicas) + held(experts, mesh.num_expert_replicas)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

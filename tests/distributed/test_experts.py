@@ -34,45 +34,41 @@ DROPPING = replace(MOE, experts=replace(EXPERTS, capacity_factor=1.0))
 
 CURVES = {
     "expert": Layout(data=2, expert=2),
-    "expert x context": Layout(context=2, expert=2, distributed_optimizer=True, overlap=True),
-    "expert 4": Layout(data=4, expert=4, distributed_optimizer=True),
-    "expert x data": Layout(data=4, expert=2, distributed_optimizer=True, overlap=True),
+    "expert x context": Layout(context=2, expert=2, zero_stage=1, overlap=True),
+    "expert 4": Layout(data=4, expert=4, zero_stage=1),
+    "expert x data": Layout(data=4, expert=2, zero_stage=1, overlap=True),
     "expert x tensor": Layout(tensor=2, data=2, expert=2, sequence_parallel=True),
     "expert x pipeline": Layout(pipeline=2, data=2, expert=2),
     "expert x tensor x pipeline": Layout(
-        tensor=2, pipeline=2, data=2, expert=2, sequence_parallel=True, distributed_optimizer=True, overlap=True
+        tensor=2, pipeline=2, data=2, expert=2, sequence_parallel=True, zero_stage=1, overlap=True
     ),
 }
 # Fewer steps: what is wrong with a combination shows at once.
 COMBINED = {
-    "replicated": Layout(data=2, distributed_optimizer=True),
+    "replicated": Layout(data=2, zero_stage=1),
     "tensor": Layout(tensor=2, sequence_parallel=True),
     "expert x data, one optimizer a rank": Layout(data=4, expert=2),
     "expert 4 x context, recomputed": Layout(context=2, data=2, expert=4, recompute="selective"),
     "expert x pipeline, recomputed": Layout(pipeline=2, context=2, expert=2, recompute="full"),
-    "expert 4 x tensor x context": Layout(
-        tensor=2, context=2, data=2, expert=4, sequence_parallel=True, distributed_optimizer=True
-    ),
+    "expert 4 x tensor x context": Layout(tensor=2, context=2, data=2, expert=4, sequence_parallel=True, zero_stage=1),
 }
 DEEP = {
-    "expert x interleaved": Layout(
-        pipeline=2, virtual_pipeline=2, data=2, expert=2, distributed_optimizer=True, overlap=True
-    ),
+    "expert x interleaved": Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2, zero_stage=1, overlap=True),
     "one": Layout(),
 }
 DROPPED = {
     "expert": Layout(data=2, expert=2),
-    "context": Layout(context=2, expert=2, distributed_optimizer=True),
+    "context": Layout(context=2, expert=2, zero_stage=1),
     "tensor": Layout(tensor=2, data=2, expert=2, sequence_parallel=True, recompute="full"),
 }
 # A run that is stopped every five steps and goes on with half the ranks.
 SHRINKING = (
     CURVES["expert x tensor x pipeline"],
-    Layout(data=4, expert=4, distributed_optimizer=True),
+    Layout(data=4, expert=4, zero_stage=1),
     Layout(context=2, expert=2),
     Layout(),
 )
-RESUMED = Layout(data=4, expert=2, distributed_optimizer=True, overlap=True, precision="bf16")
+RESUMED = Layout(data=4, expert=2, zero_stage=1, overlap=True, precision="bf16")
 
 
 @dataclass(frozen=True)

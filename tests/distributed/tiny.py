@@ -57,7 +57,7 @@ class Layout:
     data: int = 1
     expert: int = 1
     sequence_parallel: bool = False
-    distributed_optimizer: bool = False
+    zero_stage: int = 0
     overlap: bool = False
     precision: str = "fp32"
     recompute: str = "none"
@@ -81,7 +81,7 @@ class Layout:
             ),
             precision=self.precision,  # type: ignore[arg-type]
             sequence_parallel=self.sequence_parallel,
-            distributed_optimizer=self.distributed_optimizer,
+            zero_stage=self.zero_stage,  # type: ignore[arg-type]
             overlap=self.overlap,
             recompute=self.recompute,  # type: ignore[arg-type]
         )
