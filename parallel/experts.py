@@ -1,7 +1,8 @@
 """Mixture of experts for Megatron's MoE layer: a router and grouped experts, exact under every layout.
 
-Megatron's own need TransformerEngine, or run one expert after the other; its router losses and token dropping are of
-the tokens of a rank, so that they change with the tensor and context axes. Here both are of the whole micro-batch.
+Megatron's own need TransformerEngine, or run one expert after the other; its router losses are weighed by, and tokens
+dropped among, the tokens of a rank, so that both change with the tensor and context axes. Here they are of the whole
+micro-batch.
 Tokens travel by Megatron's all-to-all dispatcher.
 
 Shape suffixes: S tokens of a row on this rank, B rows, T all tokens of this rank (S x B), D hidden, E experts,
