@@ -47,6 +47,10 @@ class RouterTotals:
         self.sums = torch.zeros(len(METRICS), device=device)
         self.weight = torch.zeros((), device=device)
 
+    def in_tokens(self) -> Tensor:
+        """The sums as if each counted token had the mean: what the engine divides by counted tokens to report."""
+        return self.sums * self.weight
+
     def begin_step(self, weight: Tensor) -> None:
         """Forget the sums; `weight` is that of the coming step, shape ()."""
         self.sums.zero_()
