@@ -98,7 +98,7 @@ class Router(torch.nn.Module):
     def forward(self, hidden_SBD: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
         """Weights of each token's experts, float32 (T, E), 0 elsewhere, and which experts those are, bool (T, E)."""
         assert padding_mask is None, "every token is routed"
-        logits_TE = linear(hidden_SBD.flatten(0, 1).float(), self.weight.float())
+        logits_TE = cast(Tensor, _Float32Linear.apply(hidden_SBD.flatten(0, 1), self.weight))  # type: ignore[no-untyped-call]
         scores_TK, chosen_TK = logits_TE.topk(self.experts.num_experts_per_token, dim=1)
         sent_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
         learns = self.training and torch.is_grad_enabled()  # not in the first pass of recomputed layers
@@ -139,6 +139,23 @@ class Router(torch.nn.Module):
         everyone_TE = all_gather(weights_TE, self.group) if self.group.size() > 1 else weights_TE
         least_E = everyone_TE.topk(capacity, dim=0, sorted=True).values[-1]
         return sent_TE & (weights_TE >= least_E)
+
+
+class _Float32Linear(torch.autograd.Function):
+    """Tokens times the transpose of the weight, in float32, of which no copies are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_TD, weight_ED)
+        return linear(tokens_TD.float(), weight_ED.float())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient_TE,) = gradients
+        tokens_TD, weight_ED = ctx.saved_tensors
+        tokens_gradient_TD = gradient_TE @ weight_ED.float()
+        weight_gradient_ED = gradient_TE.T @ tokens_TD.float()
+        return tokens_gradient_TD.to(tokens_TD.dtype), weight_gradient_ED.to(weight_ED.dtype)
 
 
 class GroupedExperts(torch.nn.Module):
