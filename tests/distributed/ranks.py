@@ -138,7 +138,8 @@ def _open_world(store: dist.Store, rank: int, world_size: int) -> None:
 
     def meet(place: str) -> None:
         store.set(f"rank {rank} is {place}", "")
-        store.wait([f"rank {other} is {place}" for other in range(world_size)], timeout)
+        # As long as it takes (ranks outside a smaller world wait here for those inside); a launch has its own limit.
+        store.wait([f"rank {other} is {place}" for other in range(world_size)], timedelta(hours=1))
 
     # gloo's ranks connect to each other more reliably when none of them is still importing torch.
     meet("here")
