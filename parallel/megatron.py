@@ -58,13 +58,12 @@ class MegatronEngine:
             self._chunks = build_chunks(model, engine, mesh)
         self._parameters = dict(self._named_boxes(model))
         self._models: list[Any] = self._chunks
-        self._adam: ShardedAdam | None = None
+        self._adam: Any = None
         if optim is None:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
         else:
-            self._models = self._wrap_chunks()
-            self._adam = ShardedAdam(self._models, engine, optim)
+            self._models, self._adam = self._make_trainable(optim)
 
     def _named_boxes(self, model: ModelConfig) -> Iterator[tuple[Tensor, tuple[Box, ...]]]:
         for chunk in self._chunks:
@@ -81,6 +80,11 @@ class MegatronEngine:
                 # parameters would count once in the gradient norm instead of once a tensor rank.
                 parameter.tensor_model_parallel = boxes[0].shape != boxes[0].global_shape
                 yield parameter, boxes
+
+    def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], Any]:
+        """What the chunks are trained through, and the optimizer around it (see `ShardedAdam`)."""
+        models = self._wrap_chunks()
+        return models, ShardedAdam(models, self._engine, optim)
 
     def _wrap_chunks(self) -> list[Any]:
         engine = self._engine
@@ -108,10 +112,7 @@ class MegatronEngine:
     ) -> StepResult:
         """See `Engine.step`."""
         assert self._adam is not None and self._optim is not None, "an engine without optim only scores"
-        for model in self._models:
-            model.zero_grad_buffer()
-        self._adam.zero_gradients()
-        sums: list[LossSums] = self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
+        sums = self._accumulate(micro_batches, objective)
         names = objective.metric_names
         total = torch.zeros(4 + len(names), dtype=torch.float64, device=self._device)
         squares = self._adam.gather_gradients()
@@ -138,6 +139,14 @@ class MegatronEngine:
         clip = min(1.0, limit / (result.grad_norm + 1e-6)) if limit > 0 else 1.0
         self._adam.step(gradient_scale=clip / num_tokens, learning_rate=learning_rate)
         return result
+
+    def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[LossSums]:
+        """Gradients of the sum over micro-batches, reduced over data ranks; what the objective found, on the last."""
+        assert self._adam is not None
+        for model in self._models:
+            model.zero_grad_buffer()
+        self._adam.zero_gradients()
+        return self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Batch]) -> RowScores:
@@ -226,7 +235,7 @@ class MegatronEngine:
     @torch.no_grad()
     def load_weights(self, source: TensorSource) -> None:
         """See `Engine.load_weights`."""
-        apart = self._adam is not None and self._engine.precision == "bf16"
+        apart = self._adam is not None and self._adam.masters_apart
         shards = {shard.parameter: shard for shard in self._shards()} if apart else {}
         for parameter, boxes in self._parameters.items():
             values = read_range(source, boxes, 0, parameter.numel())
@@ -303,8 +312,12 @@ def _training_loss(
     objective: Objective, group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor
 ) -> tuple[Tensor, Tensor, LossSums]:
     sums = objective(logits_BSV, inputs.labels_BS, inputs.loss_mask_BS, group)
-    # Pipeline schedules free the loss they are given; what is reported must have its own hold of the value.
-    return sums.loss, sums.num_tokens.int(), replace(sums, loss=sums.loss.detach())
+    return sums.loss, sums.num_tokens.int(), detached(sums)
+
+
+def detached(sums: LossSums) -> LossSums:
+    """What is reported: pipeline schedules free the loss they are given, so it has its own hold of the value."""
+    return replace(sums, loss=sums.loss.detach())
 
 
 def _row_scores(group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,8 +49,9 @@ class ShardedAdam:
 
     def __init__(self, chunks: Sequence[Any], engine: EngineConfig, optim: OptimConfig) -> None:
         self.distributed = engine.zero_stage == 1
+        self.masters_apart = engine.precision == "bf16"
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        self.adam = adam.make_adam(parameters, optim)
+        self.adam: torch.optim.AdamW = adam.make_adam(parameters, optim)
         config = OptimizerConfig(
             optimizer="adam",
             lr=optim.learning_rate,

@@ -51,7 +51,8 @@ def state_bytes(config: RunConfig) -> int:
     gradients, adam = 4, 12 if engine.precision == "bf16" else 8
     shards = mesh.data * mesh.context
     split = {"adam": 1, "gradients": 2, "weights": 3}  # from which ZeRO stage on
-    held = {"adam": adam, "gradients": gradients, "weights": weights}
+    is_elsewhere = engine.offload_optimizer != "none" and config.cluster.device != "cpu"
+    held = {"adam": 0 if is_elsewhere else adam, "gradients": gradients, "weights": weights}
     return sum(parameters * held[part] // (shards if engine.zero_stage >= split[part] else 1) for part in held)
 
 

@@ -1,10 +1,11 @@
-"""The layout never changes the numbers. One launch of eight ranks does it all, because starting ranks takes longest."""
+"""Layout and engine never change the numbers. One launch of eight ranks does it all: starting ranks takes longest."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ NUM_STEPS = 20
 FEW_STEPS = 6
 HELD_OUT = 1000  # a step that is never trained on
 
+ZERO = partial(Layout, backend="deepspeed")
+
 FP32 = {
     "tensor": Layout(tensor=2),
     "sequence": Layout(tensor=2, sequence_parallel=True),
@@ -38,9 +41,30 @@ FP32 = {
     "tensor x pipeline x data": Layout(
         tensor=2, pipeline=2, data=2, sequence_parallel=True, zero_stage=1, overlap=True
     ),
+    "deepspeed data": ZERO(data=2),
+    "deepspeed data-1": ZERO(data=2, zero_stage=1),
+    "deepspeed data-2": ZERO(data=2, zero_stage=2, overlap=True),
+    "deepspeed data-3": ZERO(data=2, zero_stage=3, overlap=True),
+    "deepspeed tensor": ZERO(tensor=2, zero_stage=1),
+    "deepspeed sequence": ZERO(tensor=2, sequence_parallel=True),
+    "deepspeed context": ZERO(context=2, zero_stage=2),
+    "deepspeed pipeline": ZERO(pipeline=2, zero_stage=1),
 }
 # Fewer steps: what is wrong with a combination shows at once.
 COMBINED = {
+    "tensor x context x data": Layout(tensor=2, context=2, data=2, sequence_parallel=True, zero_stage=1, overlap=True),
+    "pipeline x context x data": Layout(pipeline=2, context=2, data=2, zero_stage=1),
+    "deepspeed tensor x context x data-3": ZERO(tensor=2, context=2, data=2, sequence_parallel=True, zero_stage=3),
+    "deepspeed tensor x pipeline x data-1": ZERO(
+        tensor=2, pipeline=2, data=2, sequence_parallel=True, zero_stage=1, recompute="selective"
+    ),
+    "deepspeed pipeline x context x data-1": ZERO(pipeline=2, context=2, data=2, zero_stage=1),
+    "deepspeed pipeline 4": ZERO(pipeline=4, recompute="full"),
+    "deepspeed tensor x data-2": ZERO(tensor=2, data=2, sequence_parallel=True, zero_stage=2),
+    "deepspeed tensor x data-3": ZERO(tensor=2, data=2, zero_stage=3, recompute="full"),
+    "deepspeed offloaded-1": ZERO(data=2, zero_stage=1, offload_optimizer="cpu"),
+    "deepspeed offloaded-2": ZERO(tensor=2, data=2, zero_stage=2, offload_optimizer="cpu"),
+    "deepspeed offloaded-3": ZERO(data=2, zero_stage=3, offload_optimizer="cpu"),
     "context-sharded": Layout(context=2, zero_stage=1),
     "context x tensor": Layout(context=2, tensor=2, sequence_parallel=True),
     "context x pipeline": Layout(context=2, pipeline=2),
@@ -55,23 +79,61 @@ BF16 = {
     "context": Layout(context=2, precision="bf16"),
     "data-sharded": Layout(data=2, zero_stage=1, overlap=True, precision="bf16"),
     "tensor x pipeline x data": replace(FP32["tensor x pipeline x data"], precision="bf16"),
+    "deepspeed data-1": ZERO(data=2, zero_stage=1, precision="bf16"),
+    "deepspeed data-2": ZERO(data=2, zero_stage=2, precision="bf16"),
+    "deepspeed data-3": ZERO(data=2, zero_stage=3, precision="bf16"),
+    "deepspeed tensor x pipeline": ZERO(tensor=2, pipeline=2, sequence_parallel=True, zero_stage=1, precision="bf16"),
 }
 TIED_FP32 = {
     "tensor": Layout(tensor=2),
     "pipeline": Layout(pipeline=2),
     "interleaved-sharded": Layout(pipeline=2, virtual_pipeline=2, data=2, zero_stage=1, overlap=True),
+    "deepspeed data-3": ZERO(data=2, zero_stage=3),
+    "deepspeed pipeline x data-1": ZERO(pipeline=2, data=2, zero_stage=1),
 }
-# A run that is stopped every five steps and goes on with half the ranks.
-SHRINKING = (
-    FP32["tensor x pipeline x data"],
-    Layout(pipeline=2, data=2),
-    Layout(tensor=2, data=1, zero_stage=1),
-    Layout(),
-)
+# Runs that are stopped every five steps and go on with half the ranks, and with another engine.
+SHRINKING = {
+    "fp32": (
+        FP32["tensor x pipeline x data"],
+        ZERO(pipeline=2, data=2, zero_stage=1),
+        Layout(tensor=2, zero_stage=1),
+        ZERO(),
+    ),
+    "fp32 of deepspeed": (
+        ZERO(tensor=2, context=2, data=2, zero_stage=3),
+        Layout(pipeline=2, virtual_pipeline=2, data=2, zero_stage=1),
+        ZERO(data=2, zero_stage=2),
+        Layout(),
+    ),
+    "bf16": (
+        ZERO(tensor=2, pipeline=2, data=2, zero_stage=1, precision="bf16"),
+        ZERO(tensor=2, data=2, zero_stage=3, precision="bf16"),
+        Layout(data=2, zero_stage=1, precision="bf16"),
+        ZERO(zero_stage=2, precision="bf16"),
+    ),
+}
 RESUMED = {
     "sharded bf16": Layout(data=2, zero_stage=1, overlap=True, precision="bf16"),
     "tensor bf16": Layout(tensor=2, precision="bf16"),
     "pipeline fp32": Layout(pipeline=2, data=2, zero_stage=1),
+    "deepspeed pipeline bf16": ZERO(pipeline=2, data=2, zero_stage=1, precision="bf16"),
+    "deepspeed offloaded-2 bf16": ZERO(data=2, zero_stage=2, offload_optimizer="cpu", precision="bf16"),
+    "deepspeed tensor x data-3 fp32": ZERO(tensor=2, data=2, zero_stage=3),
+    "deepspeed data-3 bf16": ZERO(data=2, zero_stage=3, precision="bf16"),
+}
+# What a step that is refused leaves behind differs by optimizer.
+REFUSING = {
+    "sharded": Layout(tensor=2, data=2, zero_stage=1),
+    "deepspeed data": ZERO(tensor=2, data=2),
+    "deepspeed data-1": ZERO(pipeline=2, data=2, zero_stage=1),
+    "deepspeed data-2": ZERO(tensor=2, data=2, zero_stage=2),
+    "deepspeed data-3": ZERO(tensor=2, data=2, zero_stage=3),
+    "deepspeed offloaded-3": ZERO(tensor=2, data=2, zero_stage=3, offload_optimizer="cpu"),
+}
+TWO_ENGINES = {
+    "tensor x pipeline": Layout(tensor=2, pipeline=2),
+    "deepspeed tensor x pipeline": ZERO(tensor=2, pipeline=2, zero_stage=1),
+    "deepspeed data-3": ZERO(data=4, zero_stage=3),
 }
 
 
@@ -104,7 +166,7 @@ def everything() -> dict[str, Any]:
         with smaller_world(size, f"world of {size}") as inside:
             if inside:
                 _runs_of_size(size, found)
-    found.pop("state", None)
+    found.pop("states", None)
     return found
 
 
@@ -122,13 +184,16 @@ def _runs_of_size(size: int, found: dict[str, Any]) -> None:
     for name, layout in RESUMED.items():
         if layout.mesh.world_size == size:
             found[f"resumed/{name}"] = _on_mesh(layout, _train_and_resume)
-    for part, layout in enumerate(SHRINKING):
+    part = (8, 4, 2, 1).index(size)
+    states = found.setdefault("states", {})
+    for name, layouts in SHRINKING.items():
+        found[f"shrinking/{name}/{part}"], states[name] = _on_mesh(layouts[part], _continue, states.get(name), part)
+    for name, layout in REFUSING.items():
         if layout.mesh.world_size == size:
-            found[f"shrinking/{part}"] = _on_mesh(layout, _continue, found.get("state"), part, found)
-    if size == 4:
-        layout = Layout(tensor=2, data=2, zero_stage=1)
-        found["not finite"] = _on_mesh(layout, _blow_up)
-        found["two engines"] = _on_mesh(Layout(tensor=2, pipeline=2), _teacher_and_student)
+            found[f"not finite/{name}"] = _on_mesh(layout, _blow_up)
+    for name, layout in TWO_ENGINES.items():
+        if layout.mesh.world_size == size:
+            found[f"two engines/{name}"] = _on_mesh(layout, _teacher_and_student)
 
 
 def _on_mesh(layout: Layout, run: Callable[..., Any], *args: Any) -> Any:
@@ -183,16 +248,18 @@ def _train_and_resume(layout: Layout) -> dict[str, Any]:
     return {"straight": straight, "resumed": resumed, "different": different, "names": sorted(end[1].tensors)}
 
 
-def _continue(layout: Layout, state: tuple[Tensors, Tensors] | None, part: int, found: dict[str, Any]) -> Curve:
+def _continue(
+    layout: Layout, state: tuple[Tensors, Tensors] | None, part: int
+) -> tuple[Curve, tuple[Tensors, Tensors]]:
     engine = tiny_engine(layout)
     if state is None:
         engine.load_weights(InitialWeights(MODEL, 1))
     else:
         _restore(engine, state, 5 * part)
     steps = train(engine, range(5 * part, 5 * part + 5))
-    found["state"] = _save(engine)
+    state = _save(engine)
     engine.close()
-    return Curve(steps, {})
+    return Curve(steps, {}), state
 
 
 def _blow_up(layout: Layout) -> dict[str, Any]:
@@ -218,7 +285,7 @@ def _teacher_and_student(layout: Layout) -> dict[str, Any]:
     teacher = tiny_engine(layout, MODEL, optim=None)
     teacher.load_weights(InitialWeights(MODEL, 1))
     student = _fresh(layout, narrow)
-    questions = batches(HELD_OUT, layout.mesh, 0)
+    questions = batches(HELD_OUT, layout.mesh, teacher.coordinate.data)
     before = teacher.score(questions)
     losses = [step.loss for step in train(student, range(FEW_STEPS))]
     after = teacher.score(questions)
@@ -291,9 +358,11 @@ def test_every_rank_is_told_the_same(ranks):
             assert ranks[rank][f"fp32/{name}"] == ranks[0][f"fp32/{name}"]
 
 
-def test_run_resumed_with_half_the_ranks_again_and_again_is_on_the_same_curve(found):
-    losses = [loss for part in range(len(SHRINKING)) for loss in found[f"shrinking/{part}"].losses()]
-    assert losses == pytest.approx(found["fp32/one"].losses(), abs=1e-5)
+@pytest.mark.parametrize("name", SHRINKING)
+def test_run_resumed_with_half_the_ranks_and_another_engine_is_on_the_same_curve(found, name):
+    losses = [loss for part in range(len(SHRINKING[name])) for loss in found[f"shrinking/{name}/{part}"].losses()]
+    precision = name.split()[0]
+    assert losses == pytest.approx(found[f"{precision}/one"].losses(), abs={"fp32": 1e-5, "bf16": 1e-3}[precision])
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -304,19 +373,22 @@ def test_run_resumed_on_the_same_layout_is_equal_to_the_last_bit(found, name):
     assert any(state.startswith("master/") for state in result["names"]) == ("bf16" in name)
 
 
-def test_step_that_is_not_finite_is_refused_on_all_ranks_and_changes_nothing(ranks):
+@pytest.mark.parametrize("name", REFUSING)
+def test_step_that_is_not_finite_is_refused_on_all_ranks_and_changes_nothing(ranks, name):
     for rank in range(4):
-        curve = ranks[rank]["not finite"]["curve"]
+        curve = ranks[rank][f"not finite/{name}"]["curve"]
         assert curve.losses() == pytest.approx(ranks[0]["few/one"].losses(), abs=1e-5)
 
 
-def test_one_rank_asking_to_stop_stops_all(ranks):
+@pytest.mark.parametrize("name", REFUSING)
+def test_one_rank_asking_to_stop_stops_all(ranks, name):
     for rank in range(4):
-        assert ranks[rank]["not finite"]["stop"] == [False] * 3
-        assert ranks[rank]["not finite"]["stopped"] is True
+        assert ranks[rank][f"not finite/{name}"]["stop"] == [False] * 3
+        assert ranks[rank][f"not finite/{name}"]["stopped"] is True
 
 
-def test_two_models_live_in_one_process(found):
-    result = found["two engines"]
+@pytest.mark.parametrize("name", TWO_ENGINES)
+def test_two_models_live_in_one_process(found, name):
+    result = found[f"two engines/{name}"]
     assert result["teacher unchanged"]
     assert result["student losses"][-1] < result["student losses"][0] - 0.01
