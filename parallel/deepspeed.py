@@ -37,12 +37,12 @@ class DeepSpeedEngine(MegatronEngine):
 
     _trainer: Any = None  # DeepSpeed's engine
 
-    def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], Any]:
+    def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[Any]]:
         adapt_deepspeed()
         logger.setLevel(logging.ERROR)  # it warns of optimizers that are not on its list
         # DeepSpeed keeps the groups of the first mesh it saw.
         deepspeed_groups._release_process_group_references()
-        (chunk,) = self._chunks
+        (chunk,), (family,) = self._chunks, self._families
         for parameter in chunk.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_ranks)
@@ -58,8 +58,7 @@ class DeepSpeedEngine(MegatronEngine):
         )
         logger.setLevel(logging.WARNING)
         kind = zero.kind_of(self._trainer)
-        adam = kind(self._trainer, inner, self.mesh.data * self.mesh.context, self._saves)
-        return self._chunks, adam
+        return self._chunks, [kind(self._trainer, inner, family, self._saves)]
 
     def _sum_over_tensor_ranks(self, gradient: Tensor) -> Tensor:
         # Each tensor rank has seen its part of the sequence only.
@@ -68,8 +67,8 @@ class DeepSpeedEngine(MegatronEngine):
         return gradient
 
     def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[LossSums]:
-        assert self._adam is not None
-        self._adam.zero_gradients()
+        for adam in self._adams:
+            adam.zero_gradients()
         self._check_shapes(micro_batches)
         inputs = [inputs_of_rank(batch, self.mesh, self.coordinate, self._device) for batch in micro_batches]
         sums: list[LossSums] = []
@@ -106,7 +105,7 @@ class DeepSpeedEngine(MegatronEngine):
 
     def weights(self) -> Iterator[Piece]:
         """See `Engine.weights`."""
-        if self._adam is None or self._engine.zero_stage < 3:
+        if not self._adams or self._engine.zero_stage < 3:
             yield from self._weight_pieces()
             return
         for parameter, boxes in self._parameters.items():
@@ -117,14 +116,15 @@ class DeepSpeedEngine(MegatronEngine):
     @torch.no_grad()
     def load_weights(self, source: TensorSource) -> None:
         """See `Engine.load_weights`."""
-        if self._adam is None or self._engine.zero_stage < 3:
+        if not self._adams or self._engine.zero_stage < 3:
             super().load_weights(source)
             return
-        for shard in self._shards():
+        (adam,) = self._adams
+        for shard in adam.shards():
             values = read_range(source, self._parameters[shard.parameter], shard.start, shard.stop)
             shard.main.copy_(values)
             _part_of(shard.parameter)[: values.numel()].copy_(values)
-        kept_whole = self._adam.wrapper.persistent_parameters
+        kept_whole = adam.wrapper.persistent_parameters
         if kept_whole:
             kept_whole[0].all_gather(kept_whole)
 
@@ -145,7 +145,7 @@ def deepspeed_config(engine: EngineConfig, mesh: Mesh, micro_batch: int, chunk: 
         "train_micro_batch_size_per_gpu": micro_batch,
         # Of which the engine has as many in a step as it is given.
         "gradient_accumulation_steps": 1,
-        "train_batch_size": micro_batch * mesh.data * mesh.context,
+        "train_batch_size": micro_batch * mesh.num_replicas,
         # Left out, it is 1.0; the engine clips, with the norm that it reports.
         "gradient_clipping": 0.0,
         "steps_per_print": None,
@@ -222,9 +222,7 @@ class _Pipeline(PipelineModule):  # type: ignore[misc]
     def __init__(self, chunk: Any, mesh: Mesh) -> None:
         stage = mesh.coordinate(dist.get_rank()).pipeline
         layers = [_Stage(chunk) if index == stage else torch.nn.Identity() for index in range(mesh.pipeline)]
-        topology = PipeModelDataParallelTopology(
-            num_pp=mesh.pipeline, num_dp=mesh.data * mesh.context, num_mp=mesh.tensor
-        )
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pipeline, num_dp=mesh.num_replicas, num_mp=mesh.tensor)
         super().__init__(layers, topology=topology, partition_method="uniform")
         is_end = stage in (0, mesh.pipeline - 1)
         self.tied = [chunk] if chunk.share_embeddings_and_output_weights and is_end else []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.schema import OptimConfig
 from parallel import adam
-from parallel.optimizer import OptimizerShard
+from parallel.optimizer import Family, OptimizerShard
 
 
 class GuardedAdam(torch.optim.AdamW):
@@ -46,17 +46,17 @@ class ZeroAdam:
     Args:
         engine: DeepSpeed's, made with `inner` as its optimizer.
         inner: from `make_inner`.
-        num_replicas: data x context ranks.
+        family: the weights, and the ranks that hold equal copies of them (data x context ranks).
         counts: whether this rank counts a parameter in norms, among those that hold it.
     """
 
     distributed = False
     masters_apart = False
 
-    def __init__(self, engine: Any, inner: GuardedAdam, num_replicas: int, counts: Callable[[Any], bool]) -> None:
+    def __init__(self, engine: Any, inner: GuardedAdam, family: Family, counts: Callable[[Any], bool]) -> None:
         self.engine = engine
         self.inner = inner
-        self.num_replicas = num_replicas
+        self.family = family
         self.counts = counts
         self.pending = False  # there are gradients that no step has used up
         self._make_state()
@@ -87,20 +87,22 @@ class ZeroAdam:
             self.inner.called_off = False
 
     def gather_gradients(self) -> Tensor:
-        """The sum of the squares of the summed gradients, float64, shape ().
+        """This rank's share of the sum of the squares of the summed gradients, float64, shape ().
 
-        Counts what is held several times (over tensor ranks, or by tied embeddings) on one rank only.
+        What is held several times (over tensor ranks, by tied embeddings, by replicas at stage 0) counts on one rank.
         """
         self.pending = True
+        if self.family.replica > 0 and not self.distributed:
+            return torch.zeros((), dtype=torch.float64)
         counted = [gradient for parameter, gradient in self._gradients() if self.counts(parameter)]
         if not counted:
             return torch.zeros((), dtype=torch.float64)
         norms = torch.stack(torch._foreach_norm([gradient.float() for gradient in counted]))
-        return norms.double().square().sum() * self.num_replicas**2
+        return norms.double().square().sum() * self.family.group.size() ** 2
 
     def step(self, *, gradient_scale: float, learning_rate: float) -> None:
         """Multiply the summed gradients, update, and bring the model's parameters up to date."""
-        self.inner.gradient_scale = gradient_scale * self.num_replicas
+        self.inner.gradient_scale = gradient_scale * self.family.group.size()
         adam.set_learning_rate(self.inner, learning_rate)
         self._step_engine()
 

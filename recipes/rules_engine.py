@@ -92,4 +92,18 @@ def offloading_is_offered(config: RunConfig, machine: Machine) -> Iterator[Probl
         )
 
 
-RULES = (backend_is_installed, zero_stage_is_offered, pipeline_is_offered, offloading_is_offered)
+def experts_are_offered(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Experts have gradients and optimizer state of their own groups, which only the Megatron engine keeps apart."""
+    if config.engine.backend == "deepspeed" and config.model.experts is not None:
+        yield Problem(
+            "engine.backend", "deepspeed trains dense models only, and the model has experts. Use engine=megatron."
+        )
+
+
+RULES = (
+    backend_is_installed,
+    zero_stage_is_offered,
+    pipeline_is_offered,
+    offloading_is_offered,
+    experts_are_offered,
+)

@@ -19,8 +19,8 @@ from parallel.engine import Engine, LossSums, StepResult
 from parallel.initial import InitialWeights
 from parallel.loss import CrossEntropy
 
-# About 70 s on two quiet cores; a rank that hangs is found sooner, by the collectives' own limit.
-LIMIT_SECONDS = 400.0
+# About 140 s on two quiet cores; a rank that hangs is found sooner, by the collectives' own limit.
+LIMIT_SECONDS = 600.0
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
 
 NUM_STEPS = 20
@@ -45,8 +45,7 @@ FP32 = {
     "deepspeed data-1": ZERO(data=2, zero_stage=1),
     "deepspeed data-2": ZERO(data=2, zero_stage=2, overlap=True),
     "deepspeed data-3": ZERO(data=2, zero_stage=3, overlap=True),
-    "deepspeed tensor": ZERO(tensor=2, zero_stage=1),
-    "deepspeed sequence": ZERO(tensor=2, sequence_parallel=True),
+    "deepspeed sequence": ZERO(tensor=2, sequence_parallel=True, zero_stage=1),
     "deepspeed context": ZERO(context=2, zero_stage=2),
     "deepspeed pipeline": ZERO(pipeline=2, zero_stage=1),
 }
@@ -54,14 +53,15 @@ FP32 = {
 COMBINED = {
     "tensor x context x data": Layout(tensor=2, context=2, data=2, sequence_parallel=True, zero_stage=1, overlap=True),
     "pipeline x context x data": Layout(pipeline=2, context=2, data=2, zero_stage=1),
-    "deepspeed tensor x context x data-3": ZERO(tensor=2, context=2, data=2, sequence_parallel=True, zero_stage=3),
+    "deepspeed tensor x context x data-3": ZERO(
+        tensor=2, context=2, data=2, sequence_parallel=True, zero_stage=3, recompute="full"
+    ),
     "deepspeed tensor x pipeline x data-1": ZERO(
         tensor=2, pipeline=2, data=2, sequence_parallel=True, zero_stage=1, recompute="selective"
     ),
     "deepspeed pipeline x context x data-1": ZERO(pipeline=2, context=2, data=2, zero_stage=1),
     "deepspeed pipeline 4": ZERO(pipeline=4, recompute="full"),
     "deepspeed tensor x data-2": ZERO(tensor=2, data=2, sequence_parallel=True, zero_stage=2),
-    "deepspeed tensor x data-3": ZERO(tensor=2, data=2, zero_stage=3, recompute="full"),
     "deepspeed offloaded-1": ZERO(data=2, zero_stage=1, offload_optimizer="cpu"),
     "deepspeed offloaded-2": ZERO(tensor=2, data=2, zero_stage=2, offload_optimizer="cpu"),
     "deepspeed offloaded-3": ZERO(data=2, zero_stage=3, offload_optimizer="cpu"),
@@ -79,10 +79,12 @@ BF16 = {
     "context": Layout(context=2, precision="bf16"),
     "data-sharded": Layout(data=2, zero_stage=1, overlap=True, precision="bf16"),
     "tensor x pipeline x data": replace(FP32["tensor x pipeline x data"], precision="bf16"),
+}
+FEW_BF16 = {
     "deepspeed data-1": ZERO(data=2, zero_stage=1, precision="bf16"),
     "deepspeed data-2": ZERO(data=2, zero_stage=2, precision="bf16"),
     "deepspeed data-3": ZERO(data=2, zero_stage=3, precision="bf16"),
-    "deepspeed tensor x pipeline": ZERO(tensor=2, pipeline=2, sequence_parallel=True, zero_stage=1, precision="bf16"),
+    "deepspeed pipeline": ZERO(pipeline=2, zero_stage=1, precision="bf16"),
 }
 TIED_FP32 = {
     "tensor": Layout(tensor=2),
@@ -100,40 +102,37 @@ SHRINKING = {
         ZERO(),
     ),
     "fp32 of deepspeed": (
-        ZERO(tensor=2, context=2, data=2, zero_stage=3),
-        Layout(pipeline=2, virtual_pipeline=2, data=2, zero_stage=1),
-        ZERO(data=2, zero_stage=2),
-        Layout(),
+        ZERO(tensor=2, data=2, zero_stage=3),
+        Layout(pipeline=2, virtual_pipeline=2, zero_stage=1),
+        ZERO(zero_stage=2),
     ),
     "bf16": (
-        ZERO(tensor=2, pipeline=2, data=2, zero_stage=1, precision="bf16"),
-        ZERO(tensor=2, data=2, zero_stage=3, precision="bf16"),
+        ZERO(pipeline=2, data=2, zero_stage=1, precision="bf16"),
         Layout(data=2, zero_stage=1, precision="bf16"),
-        ZERO(zero_stage=2, precision="bf16"),
+        ZERO(zero_stage=3, precision="bf16"),
     ),
 }
 RESUMED = {
     "sharded bf16": Layout(data=2, zero_stage=1, overlap=True, precision="bf16"),
     "tensor bf16": Layout(tensor=2, precision="bf16"),
     "pipeline fp32": Layout(pipeline=2, data=2, zero_stage=1),
-    "deepspeed pipeline bf16": ZERO(pipeline=2, data=2, zero_stage=1, precision="bf16"),
-    "deepspeed offloaded-2 bf16": ZERO(data=2, zero_stage=2, offload_optimizer="cpu", precision="bf16"),
-    "deepspeed tensor x data-3 fp32": ZERO(tensor=2, data=2, zero_stage=3),
+    "deepspeed pipeline bf16": ZERO(pipeline=2, zero_stage=1, precision="bf16"),
+    "deepspeed offloaded-2 fp32": ZERO(data=2, zero_stage=2, offload_optimizer="cpu"),
     "deepspeed data-3 bf16": ZERO(data=2, zero_stage=3, precision="bf16"),
 }
 # What a step that is refused leaves behind differs by optimizer.
 REFUSING = {
     "sharded": Layout(tensor=2, data=2, zero_stage=1),
-    "deepspeed data": ZERO(tensor=2, data=2),
-    "deepspeed data-1": ZERO(pipeline=2, data=2, zero_stage=1),
-    "deepspeed data-2": ZERO(tensor=2, data=2, zero_stage=2),
-    "deepspeed data-3": ZERO(tensor=2, data=2, zero_stage=3),
-    "deepspeed offloaded-3": ZERO(tensor=2, data=2, zero_stage=3, offload_optimizer="cpu"),
+    "deepspeed data": ZERO(data=2),
+    "deepspeed pipeline x data-1": ZERO(pipeline=2, data=2, zero_stage=1),
+    "deepspeed data-2": ZERO(data=2, zero_stage=2),
+    "deepspeed data-3": ZERO(data=2, zero_stage=3),
+    "deepspeed offloaded-3": ZERO(data=2, zero_stage=3, offload_optimizer="cpu"),
 }
 TWO_ENGINES = {
     "tensor x pipeline": Layout(tensor=2, pipeline=2),
-    "deepspeed tensor x pipeline": ZERO(tensor=2, pipeline=2, zero_stage=1),
-    "deepspeed data-3": ZERO(data=4, zero_stage=3),
+    "deepspeed pipeline": ZERO(pipeline=2, zero_stage=1),
+    "deepspeed data-3": ZERO(data=2, zero_stage=3),
 }
 
 
@@ -171,29 +170,29 @@ def everything() -> dict[str, Any]:
 
 
 def _runs_of_size(size: int, found: dict[str, Any]) -> None:
-    for family, model, layouts in (
-        ("fp32", MODEL, FP32 | {"one": Layout()}),
-        ("few", MODEL, COMBINED | {"one": Layout()}),
-        ("bf16", MODEL, BF16 | {"one": Layout(precision="bf16")}),
-        ("tied", TIED, TIED_FP32 | {"one": Layout()}),
+    for family, model, num_steps, layouts in (
+        ("fp32", MODEL, NUM_STEPS, FP32 | {"one": Layout()}),
+        ("few", MODEL, FEW_STEPS, COMBINED | {"one": Layout()}),
+        ("bf16", MODEL, NUM_STEPS, BF16 | {"one": Layout(precision="bf16")}),
+        ("few bf16", MODEL, FEW_STEPS, FEW_BF16 | {"one": Layout(precision="bf16")}),
+        ("tied", TIED, FEW_STEPS, TIED_FP32 | {"one": Layout()}),
     ):
-        num_steps = NUM_STEPS if family in ("fp32", "bf16") else FEW_STEPS
         for name, layout in layouts.items():
             if layout.mesh.world_size == size:
                 found[f"{family}/{name}"] = _on_mesh(layout, _train_and_score, model, num_steps)
-    for name, layout in RESUMED.items():
-        if layout.mesh.world_size == size:
-            found[f"resumed/{name}"] = _on_mesh(layout, _train_and_resume)
-    part = (8, 4, 2, 1).index(size)
+    for kind, run, layouts in (
+        ("resumed", _train_and_resume, RESUMED),
+        ("not finite", _blow_up, REFUSING),
+        ("two engines", _teacher_and_student, TWO_ENGINES),
+    ):
+        for name, layout in layouts.items():
+            if layout.mesh.world_size == size:
+                found[f"{kind}/{name}"] = _on_mesh(layout, run)
     states = found.setdefault("states", {})
-    for name, layouts in SHRINKING.items():
-        found[f"shrinking/{name}/{part}"], states[name] = _on_mesh(layouts[part], _continue, states.get(name), part)
-    for name, layout in REFUSING.items():
-        if layout.mesh.world_size == size:
-            found[f"not finite/{name}"] = _on_mesh(layout, _blow_up)
-    for name, layout in TWO_ENGINES.items():
-        if layout.mesh.world_size == size:
-            found[f"two engines/{name}"] = _on_mesh(layout, _teacher_and_student)
+    for name, parts in SHRINKING.items():
+        for part, layout in enumerate(parts):
+            if layout.mesh.world_size == size:
+                found[f"shrinking/{name}/{part}"], states[name] = _on_mesh(layout, _continue, states.get(name), part)
 
 
 def _on_mesh(layout: Layout, run: Callable[..., Any], *args: Any) -> Any:
@@ -275,7 +274,7 @@ def _blow_up(layout: Layout) -> dict[str, Any]:
     with pytest.raises(ValueError, match="at least one"):
         engine.score([])
     after = train(engine, range(3, FEW_STEPS))
-    stopped = engine.step(mine, CrossEntropy(), learning_rate=0.0, stop=dist.get_rank() == 2)
+    stopped = engine.step(mine, CrossEntropy(), learning_rate=0.0, stop=dist.get_rank() == 1)
     engine.close()
     return {"curve": Curve(before + after, {}), "stop": [step.stop for step in before], "stopped": stopped.stop}
 
@@ -325,9 +324,9 @@ def test_fp32_curves_are_those_of_one_rank(found, name):
     )
 
 
-@pytest.mark.parametrize("name", BF16)
+@pytest.mark.parametrize("name", [*(f"bf16/{name}" for name in BF16), *(f"few bf16/{name}" for name in FEW_BF16)])
 def test_bf16_curves_are_those_of_one_rank(found, name):
-    assert_same_curve(f"bf16 {name}", found[f"bf16/{name}"], found["bf16/one"], abs=1e-3)
+    assert_same_curve(name, found[name], found[f"{name.split('/')[0]}/one"], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", TIED_FP32)
@@ -362,7 +361,8 @@ def test_every_rank_is_told_the_same(ranks):
 def test_run_resumed_with_half_the_ranks_and_another_engine_is_on_the_same_curve(found, name):
     losses = [loss for part in range(len(SHRINKING[name])) for loss in found[f"shrinking/{name}/{part}"].losses()]
     precision = name.split()[0]
-    assert losses == pytest.approx(found[f"{precision}/one"].losses(), abs={"fp32": 1e-5, "bf16": 1e-3}[precision])
+    one = found[f"{precision}/one"].losses()[: len(losses)]
+    assert losses == pytest.approx(one, abs={"fp32": 1e-5, "bf16": 1e-3}[precision])
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -375,14 +375,14 @@ def test_run_resumed_on_the_same_layout_is_equal_to_the_last_bit(found, name):
 
 @pytest.mark.parametrize("name", REFUSING)
 def test_step_that_is_not_finite_is_refused_on_all_ranks_and_changes_nothing(ranks, name):
-    for rank in range(4):
+    for rank in range(REFUSING[name].mesh.world_size):
         curve = ranks[rank][f"not finite/{name}"]["curve"]
         assert curve.losses() == pytest.approx(ranks[0]["few/one"].losses(), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", REFUSING)
 def test_one_rank_asking_to_stop_stops_all(ranks, name):
-    for rank in range(4):
+    for rank in range(REFUSING[name].mesh.world_size):
         assert ranks[rank][f"not finite/{name}"]["stop"] == [False] * 3
         assert ranks[rank][f"not finite/{name}"]["stopped"] is True
 

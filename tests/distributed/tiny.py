@@ -55,6 +55,7 @@ class Layout:
     pipeline: int = 1
     virtual_pipeline: int = 1
     data: int = 1
+    expert: int = 1
     sequence_parallel: bool = False
     backend: str = "megatron"
     zero_stage: int = 0
@@ -66,7 +67,8 @@ class Layout:
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(pipeline=self.pipeline, data=self.data, context=self.context, tensor=self.tensor)
+        axes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
+        return Mesh(**axes, expert=self.expert)
 
     @property
     def engine(self) -> EngineConfig:
@@ -78,6 +80,7 @@ class Layout:
                 pipeline=self.pipeline,
                 virtual_pipeline=self.virtual_pipeline,
                 data=self.data,
+                expert=self.expert,
             ),
             precision=self.precision,  # type: ignore[arg-type]
             sequence_parallel=self.sequence_parallel,

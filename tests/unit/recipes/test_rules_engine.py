@@ -53,6 +53,11 @@ def test_deepspeed_does_not_add_up_gradients_in_bf16():
     assert_told(config, "engine.zero_stage", "gradients", "engine.zero_stage=1")
 
 
+def test_deepspeed_trains_dense_models_only():
+    config = load.compose(["recipe=foundation", "engine=deepspeed", "model=mixtral_8x7b"])
+    assert_told(config, "engine.backend", "has experts", "engine=megatron")
+
+
 def test_deepspeed_does_not_interleave():
     config = layout(deepspeed(), pipeline=2, virtual_pipeline=2)
     assert_told(config, "engine.mesh.virtual_pipeline", "interleaved", "engine=megatron")
