@@ -66,13 +66,12 @@ class MegatronEngine:
             assert self._totals is not None
             router.totals = self._totals
         self._models: list[Any] = self._chunks
-        self._adams: list[ShardedAdam] = []
+        self._adams: list[Any] = []
         if optim is None:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
         else:
-            self._models = self._wrap_chunks()
-            self._adams = [ShardedAdam(self._models, family, engine, optim) for family in self._families]
+            self._models, self._adams = self._make_trainable(optim)
 
     def _named_boxes(self, model: ModelConfig) -> Iterator[tuple[Tensor, tuple[Box, ...]]]:
         for chunk in self._chunks:
@@ -92,6 +91,11 @@ class MegatronEngine:
                 # parameters would count once in the gradient norm instead of once a tensor rank.
                 parameter.tensor_model_parallel = boxes[0].shape != boxes[0].global_shape
                 yield parameter, boxes
+
+    def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[Any]]:
+        """What the chunks are trained through, and an optimizer for each family of weights (see `ShardedAdam`)."""
+        models = self._wrap_chunks()
+        return models, [ShardedAdam(models, family, self._engine, optim) for family in self._families]
 
     def _wrap_chunks(self) -> list[Any]:
         engine = self._engine
@@ -119,12 +123,8 @@ class MegatronEngine:
     ) -> StepResult:
         """See `Engine.step`."""
         assert self._optim is not None, "an engine without optim only scores"
-        for model in self._models:
-            model.zero_grad_buffer()
-        for adam in self._adams:
-            adam.zero_gradients()
         self._weigh_router_losses(micro_batches)
-        sums: list[LossSums] = self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
+        sums = self._accumulate(micro_batches, objective)
         names = objective.metric_names
         all_names = names if self._totals is None else (*names, *METRICS)
         total = torch.zeros(4 + len(all_names), dtype=torch.float64, device=self._device)
@@ -154,6 +154,14 @@ class MegatronEngine:
         for adam in self._adams:
             adam.step(gradient_scale=clip / num_tokens, learning_rate=learning_rate)
         return result
+
+    def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[LossSums]:
+        """Gradients of the sum over micro-batches, reduced over data ranks; what the objective found, on the last."""
+        for model in self._models:
+            model.zero_grad_buffer()
+        for adam in self._adams:
+            adam.zero_gradients()
+        return self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
 
     def _weigh_router_losses(self, micro_batches: Sequence[Batch]) -> None:
         """Router losses are means over micro-batches, and gradients are divided by counted tokens: make up for it."""
@@ -250,8 +258,7 @@ class MegatronEngine:
     @torch.no_grad()
     def load_weights(self, source: TensorSource) -> None:
         """See `Engine.load_weights`."""
-        apart = self._engine.precision == "bf16"
-        shards = {shard.parameter: shard for adam in self._adams for shard in adam.shards()} if apart else {}
+        shards = {shard.parameter: shard for adam in self._adams if adam.masters_apart for shard in adam.shards()}
         for parameter, boxes in self._parameters.items():
             values = read_range(source, boxes, 0, parameter.numel())
             parameter.copy_(values.view_as(parameter))
@@ -263,15 +270,22 @@ class MegatronEngine:
         """See `Engine.optimizer_state`."""
         assert self._adams, "an engine without optim has no optimizer"
         for adam in self._adams:
-            shards = [shard for shard in adam.shards() if self._saves(shard.parameter)]
-            if adam.distributed:
-                ranges = [(0, shard.main.numel()) for shard in shards]
-            else:
-                ranges = adam.family.share([shard.main for shard in shards])
-            for shard, (start, stop) in zip(shards, ranges, strict=True):
+            for shard, start, stop in self._shares(adam):
                 for prefix, values in self._state_of(shard):
                     part = values.detach().view(-1)[start:stop]
+                    if adam.is_lent:
+                        part = part.clone()
                     yield from pieces_of(part, self._parameters[shard.parameter], shard.start + start, prefix=prefix)
+
+    def _shares(self, adam: Any) -> Iterator[tuple[OptimizerShard, int, int]]:
+        """Shards of which this rank saves state, and which of their elements [start, stop)."""
+        shards = (shard for shard in adam.shards() if self._saves(shard.parameter))
+        if adam.distributed:
+            yield from ((shard, 0, shard.main.numel()) for shard in shards)
+            return
+        held = list(shards)
+        for shard, (start, stop) in zip(held, adam.family.share([shard.main for shard in held]), strict=True):
+            yield shard, start, stop
 
     @torch.no_grad()
     def load_optimizer_state(self, source: TensorSource, *, num_steps: int) -> None:
@@ -317,8 +331,12 @@ def _training_loss(
     objective: Objective, group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor
 ) -> tuple[Tensor, Tensor, LossSums]:
     sums = objective(logits_BSV, inputs.labels_BS, inputs.loss_mask_BS, group)
-    # Pipeline schedules free the loss they are given; what is reported must have its own hold of the value.
-    return sums.loss, sums.num_tokens.int(), replace(sums, loss=sums.loss.detach())
+    return sums.loss, sums.num_tokens.int(), detached(sums)
+
+
+def detached(sums: LossSums) -> LossSums:
+    """What is reported: pipeline schedules free the loss they are given, so it has its own hold of the value."""
+    return replace(sums, loss=sums.loss.detach())
 
 
 def _row_scores(group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
