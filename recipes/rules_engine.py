@@ -96,7 +96,9 @@ def experts_are_offered(config: RunConfig, machine: Machine) -> Iterator[Problem
     """Experts have gradients and optimizer state of their own groups, which only the Megatron engine keeps apart."""
     if config.engine.backend == "deepspeed" and config.model.experts is not None:
         yield Problem(
-            "engine.backend", "deepspeed trains dense models only, and the model has experts. Use engine=megatron."
+            "engine.backend",
+            "deepspeed trains dense models only, and the model has experts: they have data ranks of their own, and "
+            "DeepSpeed reduces and shards all gradients over the same ranks. Use engine=megatron.",
         )
 
 
