@@ -174,7 +174,6 @@ def deepspeed_config(engine: EngineConfig, mesh: Mesh, micro_batch: int, chunk: 
     if engine.offload_optimizer != "none":
         config["zero_optimization"]["offload_optimizer"] = {
             "device": engine.offload_optimizer,
-            "nvme_path": engine.nvme_path,
             "pin_memory": torch.cuda.is_available(),
         }
     return config

@@ -54,7 +54,6 @@ def engine_config(precision: str, **changes: object) -> EngineConfig:
         "sequence_parallel": False,
         "zero_stage": 1,
         "offload_optimizer": "none",
-        "nvme_path": None,
         "overlap": True,
         "recompute": "none",
     }
