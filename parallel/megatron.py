@@ -126,16 +126,17 @@ class MegatronEngine:
         self._weigh_router_losses(micro_batches)
         sums = self._accumulate(micro_batches, objective)
         names = objective.metric_names
-        total = torch.zeros(4 + len(names) + len(METRICS), dtype=torch.float64, device=self._device)
+        all_names = names if self._totals is None else (*names, *METRICS)
+        total = torch.zeros(4 + len(all_names), dtype=torch.float64, device=self._device)
         for adam in self._adams:
             total[0] += adam.gather_gradients()
         total[1] = float(stop)
         if self._is_last and self.coordinate.tensor == 0:
             for part in sums:
                 values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
-                total[2 : -len(METRICS)] += torch.stack([value.double() for value in values])
+                total[2 : 4 + len(names)] += torch.stack([value.double() for value in values])
         if self._totals is not None:
-            total[-len(METRICS) :] = self._totals.sums
+            total[4 + len(names) :] = self._totals.in_tokens() / self._num_layers
         dist.all_reduce(total)
         squared_norm, asked_to_stop, loss, num_tokens, *metrics = total.tolist()
         if num_tokens == 0:
@@ -144,8 +145,7 @@ class MegatronEngine:
             loss=loss / num_tokens,
             grad_norm=squared_norm**0.5 / num_tokens,
             num_tokens=round(num_tokens),
-            metrics={name: value / num_tokens for name, value in zip(names, metrics[: len(names)], strict=True)}
-            | self._router_metrics(metrics[len(names) :], len(micro_batches)),
+            metrics={name: value / num_tokens for name, value in zip(all_names, metrics, strict=True)},
             stop=asked_to_stop > 0,
         )
         _check_finite(result)
@@ -169,12 +169,6 @@ class MegatronEngine:
             counted = torch.tensor(float(sum(batch.loss_mask_BS.sum() for batch in micro_batches)), device=self._device)
             dist.all_reduce(counted, group=parallel_state.get_data_parallel_group())
             self._totals.begin_step(counted / (len(micro_batches) * self.mesh.data))
-
-    def _router_metrics(self, sums: Sequence[float], num_micro_batches: int) -> dict[str, float]:
-        if self._totals is None:
-            return {}
-        count = num_micro_batches * self.mesh.data * self._num_layers
-        return {name: value / count for name, value in zip(METRICS, sums, strict=True)}
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Batch]) -> RowScores:
