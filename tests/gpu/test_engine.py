@@ -107,6 +107,16 @@ def test_saving_memory_or_waiting_does_not_change_the_numbers(changes):
     assert losses(engine_config("bf16", **changes)) == pytest.approx(losses(engine_config("bf16")), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 2, "offload_optimizer": "cpu"}],
+    ids=str,
+)
+def test_deepspeed_does_not_change_the_numbers(changes):
+    found = losses(engine_config("bf16", backend="deepspeed", **changes))
+    assert found == pytest.approx(losses(engine_config("bf16")), abs=1e-3)
+
+
 @pytest.mark.parametrize("num_queries", [512, 128])
 def test_attention_kernel_is_causal_attention(num_queries):
     from parallel.attention import attend_causally
