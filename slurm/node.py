@@ -14,14 +14,18 @@ import argparse
 import os
 import resource
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 POLL_SECONDS = 0.25
 READY_SECONDS = 180.0
@@ -29,6 +33,8 @@ OBJECT_STORE_BYTES = 80 * 2**20
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 ADDRESS = "address"
 """File of an attempt: where Ray listens."""
+DONE = "done"
+"""File of an attempt: its driver has ended."""
 STOP = "stop"
 """File of an attempt that asks its driver to stop."""
 TERMINATED = "terminated"
@@ -50,33 +56,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     chosen = dict(line.split() for line in (given.attempt / "chosen").read_text().splitlines())
     own = chosen[os.environ["SLURMD_NODENAME"]]
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as directory:
-        common = [
-            f"--node-ip-address={own}",
-            # The head needs a processor more, for whoever looks after the ranks.
-            f"--num-cpus={given.ranks + 1}",
-            f"--num-gpus={given.gpus}",
-            f"--object-store-memory={OBJECT_STORE_BYTES}",
-            # Several jobs may share a node, and this one is fixed unless it is said.
-            f"--dashboard-agent-listen-port={free_port(own)}",
-            "--disable-usage-stats",
-            "--block",
-        ]
-        if given.role == "worker":
-            address = wait_for_text(given.attempt / ADDRESS)
-            return _start_ray([f"--address={address}", *common]).wait()
-        port = free_port(own)
-        ray = _start_ray(
-            ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={directory}", *common]
-        )
-        try:
+    common = [
+        f"--node-ip-address={own}",
+        # The head needs a processor more, for whoever looks after the ranks.
+        f"--num-cpus={given.ranks + 1}",
+        f"--num-gpus={given.gpus}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        # Several jobs may share a node, and this one is fixed unless it is said.
+        f"--dashboard-agent-listen-port={free_port(own)}",
+        "--disable-usage-stats",
+        "--block",
+    ]
+    if given.role == "worker":
+        address, directory = wait_for_text(given.attempt / ADDRESS).split()
+        with running_ray([f"--address={address}", *common], Path(directory)) as ray:
+            while ray.poll() is None and DONE not in os.listdir(given.attempt):
+                time.sleep(POLL_SECONDS)
+        return 0
+    port, directory = free_port(own), tempfile.mkdtemp(prefix="ray-")
+    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={directory}"]
+    try:
+        with running_ray([*head, *common], Path(directory)) as ray:
             wait_for_ray(ray, own, port)
-            publish(given.attempt / ADDRESS, f"{own}:{port}")
+            publish(given.attempt / ADDRESS, f"{own}:{port} {directory}")
             options = [f"--address={own}:{port}", f"--nodes={','.join(chosen.values())}"]
             return _follow(["-m", given.driver, str(given.run), *options], given.attempt, given.run)
-        finally:
-            ray.kill()
-            ray.wait()
+    finally:
+        (given.attempt / DONE).touch()
+
+
+@contextmanager
+def running_ray(options: Sequence[str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Ray on this node; all its processes and its directory are gone after the block."""
+    # Its own words go to standard error, so that standard output is the driver's alone.
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
+    ray = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        yield ray
+    finally:
+        for process in [*psutil.Process(ray.pid).children(recursive=True), ray]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        ray.wait()
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def free_port(address: str) -> int:
@@ -125,11 +147,6 @@ def wait_for_ray(ray: subprocess.Popen[bytes], address: str, port: int) -> None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Ray's head does not listen at {address}:{port}: {error}") from error
         time.sleep(POLL_SECONDS)
-
-
-def _start_ray(options: list[str]) -> subprocess.Popen[bytes]:
-    # Its own words go to standard error, so that standard output is the driver's alone.
-    return subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", "start", *options], stdout=sys.stderr)
 
 
 def _follow(command: list[str], attempt: Path, run: Path) -> int:

@@ -27,8 +27,9 @@ trap '[ -n "$stop" ] || ask_to_stop limit "the time limit or a preemption is nea
 trap 'ask_to_stop user "asked to stop"' TERM INT
 trap after EXIT
 
-# A step on some nodes; `--cpus-per-task` is said because srun does not take it from the job.
-step() { srun "${srun_options[@]}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" "$@"; }
+# A step on some nodes, always in the background, so that this shell stays free for signals. `--cpus-per-task` is said
+# because srun does not take it from the job.
+step() { exec srun "${srun_options[@]}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" "$@"; }
 
 # `wait` returns early for each signal; a background process is waited for until it has ended.
 await() {
@@ -40,19 +41,29 @@ await() {
     return $code
 }
 
+# end_after SECONDS PID: end a step that does not end; srun answers SIGTERM by killing it, but not on a node that is lost.
+end_after() {
+    (
+        sleep "$1" & trap 'kill $!' TERM; wait $!
+        kill -TERM "$2"; sleep 10 & wait $!; kill -KILL "$2"
+    ) 2>/dev/null &
+    watch=$!
+}
+
 # check_nodes DIRECTORY NEEDED OPTION... : ask the nodes that are left, and choose among those that are sound.
 check_nodes() {
-    local directory=$1 needed=$2; shift 2
+    local directory=$1 needed=$2 checks; shift 2
     mkdir -p "$directory"
     scontrol show node -o "$SLURM_JOB_NODELIST" >"$directory/nodes"
     scontrol show topology >"$directory/topology" 2>/dev/null
     printf '%s\n' "${nodes[@]}" >"$directory/asked"
-    timeout --kill-after=10 "$preflight_seconds" \
-        srun "${srun_options[@]}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
-        --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --no-kill --nodelist="$(IFS=,; echo "${nodes[*]}")" \
+    step --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --no-kill --nodelist="$(IFS=,; echo "${nodes[*]}")" \
         "${python[@]}" -m slurm.preflight --attempt="$directory" --run="$run" \
         "${node_options[@]}" "${preflight_options[@]}" "$@" >"$directory/reports" 2>"$directory/preflight.log" &
-    await $!
+    checks=$!
+    end_after "$preflight_seconds" $checks
+    await $checks
+    kill $watch 2>/dev/null
     step --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${python[@]}" -m slurm.choose \
         --attempt="$directory" --run="$run" --num-nodes="$needed" "${choose_options[@]}" &
     await $!
@@ -103,10 +114,9 @@ train() {
     await $!
     local code=$?
     if [ -n "$workers" ]; then
-        # srun answers SIGTERM by ending its step; on a node that is lost it would wait for ever.
-        kill -TERM $workers 2>/dev/null
-        (sleep 10; kill -KILL $workers 2>/dev/null) & local watch=$!
-        wait $workers 2>/dev/null
+        # They end by themselves when the driver has.
+        end_after 10 $workers
+        await $workers
         kill $watch 2>/dev/null
     fi
     return $code
