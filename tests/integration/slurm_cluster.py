@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 START_SECONDS = 20.0
@@ -145,20 +146,34 @@ class SlurmCluster:
 
     def kill_node(self, n: int) -> None:
         """End the daemon of a node and every process it has started, at once."""
-        for pid in reversed(_descendants(self.processes[f"n{n}"].pid)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.processes.pop(f"n{n}").wait()
+        daemon = self.processes.pop(f"n{n}")
+        daemon.kill()
+        self._kill_steps({f"n{n}"})
+        daemon.wait()
 
     def stop(self) -> None:
         """End all processes of this Slurm and of its jobs."""
-        for n in range(1, self.num_nodes + 1):
-            if f"n{n}" in self.processes:
-                self.kill_node(n)
         for process in self.processes.values():
             process.kill()
+        self._kill_steps({f"n{n}" for n in range(1, self.num_nodes + 1)})
+        for process in self.processes.values():
             process.wait()
         self.processes.clear()
+
+    def _kill_steps(self, nodes: set[str]) -> None:
+        """End what jobs of this Slurm run on some nodes. Step daemons leave their parent, but tasks know their node."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment = process.environ()
+                if environment.get("SLURM_CONF") == str(self.root / "slurm.conf") and (
+                    environment.get("SLURMD_NODENAME") in nodes
+                ):
+                    found += [process, *(each for each in process.parents() if each.name() == "slurmstepd")]
+        # Step daemons first: they would clean up after their tasks, which a node that loses its power does not.
+        for process in sorted(set(found), key=lambda each: (each.name() != "slurmstepd", each.pid)):
+            with suppress(psutil.Error):
+                process.kill()
 
     def _spawn(self, *words: str, name: str | None = None) -> None:
         name = name or words[0]
@@ -186,17 +201,3 @@ def _free_port(held: ExitStack) -> int:
     probe = held.enter_context(socket.socket())
     probe.bind(("127.0.0.1", 0))
     return int(probe.getsockname()[1])
-
-
-def _descendants(pid: int) -> list[int]:
-    """A process and all below it, parents first. Slurm's step daemons leave their parent but keep their session."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found = [pid]
-    for each in found:
-        found += children.get(each, [])
-    return found
