@@ -301,7 +301,7 @@ class ClusterConfig(Strict):
 
     name: str
     kind: Literal["local", "ray", "slurm"]
-    """local: a private Ray on this machine. ray: join the Ray cluster at `address`. slurm: queue a job that starts one."""
+    """local: a private Ray on this machine. ray: join the Ray cluster at `address`. slurm: queue a job."""
     address: str | None
     device: Literal["auto", "cpu", "cuda"]
     num_nodes: PositiveInt

@@ -53,9 +53,7 @@ class Queue:
         elif config.action != "dry_run":
             require_not_queued(run.path)
         load.write(config, run.config_file)
-        job = Job(
-            runs=(run.path,), cluster=config.cluster, driver=DRIVER, directory=Path.cwd(), python=sys.executable
-        )
+        job = Job(runs=(run.path,), cluster=config.cluster, driver=DRIVER, directory=Path.cwd(), python=sys.executable)
         file = write_script(job)
         self._say("run", run.path)
         self._say("script", file)

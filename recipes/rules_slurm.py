@@ -81,8 +81,8 @@ def job_leaves_time(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     if seconds < slurm.signal_seconds + START_SECONDS:
         yield Problem(
             "cluster.slurm.time_limit_minutes",
-            f"is {slurm.time_limit_minutes} ({seconds} s): a job takes about {START_SECONDS} s to start and is asked to "
-            f"stop {slurm.signal_seconds} s before its end (signal_seconds). Set it to at least "
+            f"is {slurm.time_limit_minutes} ({seconds} s): a job takes about {START_SECONDS} s to start and is asked "
+            f"to stop {slurm.signal_seconds} s before its end (signal_seconds). Set it to at least "
             f"{-(-(slurm.signal_seconds + START_SECONDS) // 60)}, or lower signal_seconds.",
         )
 

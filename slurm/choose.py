@@ -140,9 +140,7 @@ def _faults(node: str, reports: Mapping[str, Report], clock_seconds: float) -> t
 
 def _slow_pairs(report: Report, reports: Mapping[str, Report]) -> list[str]:
     """A node is at fault where every pair it was in with a sound partner was slow; a good one has a good pair."""
-    counted = {
-        other: told for other, told in report.pairs.items() if other in reports and not reports[other].faults
-    }
+    counted = {other: told for other, told in report.pairs.items() if other in reports and not reports[other].faults}
     if not counted or not all(told is not None and told.startswith("slow") for told in counted.values()):
         return []
     return [f"all-reduce with {other} is {told}" for other, told in counted.items()]

@@ -293,9 +293,11 @@ def measure(report: Report, given: argparse.Namespace, nodes: Sequence[str]) -> 
     intra_node = given.intra_node > 0 and given.ranks > 1
     node_pair = given.node_pair > 0 and len(nodes) > 1
     if not intra_node:
-        report.unchecked.append("all-reduce in the node: " + ("one rank a node" if given.intra_node else "not asked for"))
+        why = "one rank a node" if given.intra_node else "not asked for"
+        report.unchecked.append(f"all-reduce in the node: {why}")
     if not node_pair:
-        report.unchecked.append("all-reduce between nodes: " + ("one node" if given.node_pair else "not asked for"))
+        why = "one node" if given.node_pair else "not asked for"
+        report.unchecked.append(f"all-reduce between nodes: {why}")
     if not (intra_node or node_pair):
         return
     command = [
@@ -304,7 +306,9 @@ def measure(report: Report, given: argparse.Namespace, nodes: Sequence[str]) -> 
         *(["--intra-node"] * intra_node + ["--node-pair"] * node_pair),
     ]
     ranks = [
-        subprocess.Popen([*command, f"--local-rank={rank}"], stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL)
+        subprocess.Popen(
+            [*command, f"--local-rank={rank}"], stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        )
         for rank in range(given.ranks)
     ]
     output, _ = ranks[0].communicate()

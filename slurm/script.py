@@ -67,7 +67,7 @@ def _options(job: Job) -> list[str]:
         "nodes": cluster.num_nodes + slurm.spare_nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": slurm.cpus_per_node,
-        "gpus-per-node": cluster.ranks_per_node if cluster.device == "cuda" else None,
+        "gpus-per-node": _gpus_per_node(job),
         "mem": 0 if slurm.exclusive else None,
         "account": slurm.account,
         "partition": slurm.partition,
@@ -98,7 +98,10 @@ def _settings(job: Job) -> list[str]:
         f"driver={job.driver}",
         _array(
             "node_options",
-            [f"--ranks={cluster.ranks_per_node}", f"--gpus={cluster.ranks_per_node if cluster.device == 'cuda' else 0}"],
+            [
+                f"--ranks={cluster.ranks_per_node}",
+                f"--gpus={cluster.ranks_per_node if cluster.device == 'cuda' else 0}",
+            ],
         ),
         _array(
             "preflight_options",
@@ -158,6 +161,10 @@ def _python(job: Job) -> list[str]:
     gpus = ["--nv"] if job.cluster.device == "cuda" else []
     binds = [f"--bind={mount}" for mount in _mounts(job)]
     return ["apptainer", "exec", *gpus, *binds, f"--pwd={job.directory}", str(container.image), *inside]
+
+
+def _gpus_per_node(job: Job) -> int | None:
+    return job.cluster.ranks_per_node if job.cluster.device == "cuda" else None
 
 
 def _array(name: str, words: Sequence[str]) -> str:

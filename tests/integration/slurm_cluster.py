@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ PartitionName=train Nodes=n[1-{num_nodes}] Default=YES MaxTime=60 State=UP Prior
 PartitionName=urgent Nodes=n[1-{num_nodes}] MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=physics Nodes=n[1-{num_nodes}] MaxTime=60 State=UP AllowAccounts=physics
 """
-NODE = "NodeName=n{n} NodeHostname=localhost NodeAddr=127.0.0.{address} Port={port} CPUs=4 RealMemory=8000 State=UNKNOWN\n"
+NODE = "NodeName=n{n} NodeHostname=localhost NodeAddr=127.0.0.{address} Port={port} CPUs=4 RealMemory=8000\n"
 # Neighbours in the fabric are not neighbours by name: rank order must follow the switches.
 TOPOLOGY = """\
 SwitchName=leaf1 Nodes=n1,n3
@@ -88,15 +89,17 @@ class SlurmCluster:
         """What a command needs to talk to this Slurm."""
         return {"SLURM_CONF": str(self.root / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/usr/bin"}
 
-    def start(self) -> None:
-        """Write the configuration and start everything; returns when all nodes are idle."""
+    def start(self, inside: Mapping[int, tuple[str, ...]]) -> None:
+        """Write the configuration and start everything; returns when all nodes are idle.
+
+        Args:
+            inside: node -> command that its daemon is started within.
+        """
         self.root.chmod(0o755)
         (self.root / "state").mkdir()
         with ExitStack() as held:
             ports = [_free_port(held) for _ in range(self.num_nodes + 1)]
-        nodes = "".join(
-            NODE.format(n=n, address=n + 10, port=port) for n, port in enumerate(ports[1:], start=1)
-        )
+        nodes = "".join(NODE.format(n=n, address=n + 10, port=port) for n, port in enumerate(ports[1:], start=1))
         text = CONFIGURATION.format(
             root=self.root, controller_port=ports[0], num_nodes=self.num_nodes, node_seconds=self.node_seconds
         )
@@ -119,7 +122,7 @@ class SlurmCluster:
         self._wait(lambda: (self.root / "munge.socket.2").exists(), "munged listens")
         self._spawn("slurmctld", "-D", "-c", "-f", str(self.root / "slurm.conf"))
         for n in range(1, self.num_nodes + 1):
-            self.start_node(n)
+            self.start_node(n, inside=inside.get(n, ()))
         self._wait(lambda: self.node_states() == {"idle"}, "every node is idle")
 
     def start_node(self, n: int, *, inside: tuple[str, ...] = ()) -> None:
@@ -187,7 +190,7 @@ class SlurmCluster:
                 start_new_session=True,
             )
 
-    def _wait(self, condition, what: str) -> None:
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not condition():
             if time.monotonic() > deadline:
