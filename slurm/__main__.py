@@ -17,6 +17,8 @@ from slurm.script import FILES, OUTPUT, SCRIPT
 from slurm.submit import Submitted, require_not_queued, submit_file
 
 FOLLOW_SECONDS = 1.0
+NO_OUTPUT = "0:53"
+"""Exit code of a job whose output file could not be opened on its first node."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +77,8 @@ def status(run: Path) -> str:
             lines["state"] = facts["JobState"] + (f" ({reason})" if reason != "None" else "")
             for label, field in (("elapsed", "RunTime"), ("time limit", "TimeLimit"), ("queued again", "Restarts")):
                 lines[label] = facts.get(field, "")
+            if facts.get("ExitCode") == NO_OUTPUT:
+                lines["why"] = f"{facts.get('BatchHost', 'its node')} could not write {run / FILES}: is it shared?"
             for label, field in (("nodes", "NodeList"), ("left out", "ExcNodeList"), ("starts", "StartTime")):
                 if facts.get(field) not in (None, "", "(null)", "Unknown"):
                     lines[label] = facts[field]

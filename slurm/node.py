@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     chosen = dict(line.split() for line in (given.attempt / "chosen").read_text().splitlines())
     own = chosen[os.environ["SLURMD_NODENAME"]]
-    common = [
+    options = [
         f"--node-ip-address={own}",
         # The head needs a processor more, for whoever looks after the ranks.
         f"--num-cpus={given.ranks + 1}",
@@ -68,37 +68,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--block",
     ]
     if given.role == "worker":
-        address, directory = wait_for_text(given.attempt / ADDRESS).split()
-        with running_ray([f"--address={address}", *common], Path(directory)) as ray:
-            while ray.poll() is None and DONE not in os.listdir(given.attempt):
-                time.sleep(POLL_SECONDS)
-        return 0
+        return serve(given.attempt, options)
+    driver = ["-m", given.driver, str(given.run), f"--nodes={','.join(chosen.values())}"]
+    return lead(given.attempt, given.run, own, options, driver)
+
+
+def lead(attempt: Path, run: Path, own: str, options: list[str], driver: list[str]) -> int:
+    """Ray's head on this node, at address `own`, and the driver beside it; returns the driver's exit code."""
     port, directory = free_port(own), tempfile.mkdtemp(prefix="ray-")
     head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={directory}"]
     try:
-        with running_ray([*head, *common], Path(directory)) as ray:
+        with running_ray([*head, *options]) as ray:
             wait_for_ray(ray, own, port)
-            publish(given.attempt / ADDRESS, f"{own}:{port} {directory}")
-            options = [f"--address={own}:{port}", f"--nodes={','.join(chosen.values())}"]
-            return _follow(["-m", given.driver, str(given.run), *options], given.attempt, given.run)
+            publish(attempt / ADDRESS, f"{own}:{port} {directory}")
+            return _follow([*driver, f"--address={own}:{port}"], attempt, run)
     finally:
-        (given.attempt / DONE).touch()
+        (attempt / DONE).touch()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def serve(attempt: Path, options: list[str]) -> int:
+    """A node of the head's Ray, until the driver has ended."""
+    address, directory = wait_for_text(attempt / ADDRESS).split()
+    deadline = time.monotonic() + READY_SECONDS
+    # The head listens a while before it takes nodes in, and Ray gives up sooner than a loaded head needs.
+    while time.monotonic() < deadline:
+        with running_ray([f"--address={address}", *options]) as ray:
+            while ray.poll() is None:
+                if DONE in os.listdir(attempt):
+                    break
+                time.sleep(POLL_SECONDS)
+        if DONE in os.listdir(attempt):
+            shutil.rmtree(directory, ignore_errors=True)
+            return 0
+    return 1
 
 
 @contextmanager
-def running_ray(options: Sequence[str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Ray on this node; all its processes and its directory are gone after the block."""
+def running_ray(options: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Ray on this node; all its processes are gone after the block."""
     # Its own words go to standard error, so that standard output is the driver's alone.
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
     ray = subprocess.Popen(command, stdout=sys.stderr)
     try:
         yield ray
     finally:
-        for process in [*psutil.Process(ray.pid).children(recursive=True), ray]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        ray.wait()
-        shutil.rmtree(directory, ignore_errors=True)
+        if ray.poll() is None:
+            for process in [*psutil.Process(ray.pid).children(recursive=True), ray]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            ray.wait()
 
 
 def free_port(address: str) -> int:

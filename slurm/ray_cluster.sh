@@ -44,7 +44,7 @@ await() {
 # end_after SECONDS PID: end a step that does not end; srun answers SIGTERM by killing it, but not on a node that is lost.
 end_after() {
     (
-        sleep "$1" & trap 'kill $!' TERM; wait $!
+        sleep "$1" & trap 'kill $!; exit' TERM; wait $!
         kill -TERM "$2"; sleep 10 & wait $!; kill -KILL "$2"
     ) 2>/dev/null &
     watch=$!
@@ -139,6 +139,8 @@ for ((number = 1; ; number++)); do
     elif [ $code -eq 3 ]; then
         leave_out "$(cat "$attempt/failed")"
         queue_again 1
+    elif [ $code -ne 75 ]; then
+        break
     fi
     case $code in
         75)

@@ -16,7 +16,7 @@ from command_line import TINY_FOUNDATION, environment, losses, records, train, w
 from slurm_cluster import SlurmCluster, missing_programs
 
 pytestmark = [
-    pytest.mark.timeout(420),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(
         bool(missing_programs()),
         reason=f"needs Slurm: apt-get install slurmctld slurmd slurm-client munge ({', '.join(missing_programs())})",
@@ -41,7 +41,7 @@ ON_CPUS = (
 FOUR_NODES = ("cluster.num_nodes=4", "engine.mesh.pipeline=2")
 # Scoring after every step gives a test time to act in between, and changes no loss.
 SLOW_STEPS = ("stages.pretrain.training.validate_every_steps=1",)
-ENOUGH_SECONDS = 150
+ENOUGH_SECONDS = 280
 HIDE = 'mount -t tmpfs none "$0" && exec "$@"'
 
 
