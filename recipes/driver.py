@@ -276,5 +276,5 @@ def closing(run: RunDir, config: RunConfig, status: Status, report: Path) -> dic
     if status != "finished":
         lines["continue with"] = f"python -m train recipe={config.name} resume={run.path}"
     elif config.scale == "rehearsal":
-        lines["full size"] = f"python -m train recipe={config.name} cluster=h200_ray"
+        lines["full size"] = f"python -m train recipe={config.name} cluster=h200_slurm"
     return lines

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def lead(attempt: Path, run: Path, own: str, options: list[str], driver: list[str]) -> int:
     """Ray's head on this node, at address `own`, and the driver beside it; returns the driver's exit code."""
     port, directory = free_port(own), tempfile.mkdtemp(prefix="ray-")
-    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={directory}"]
+    head = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor", f"--temp-dir={directory}"]
     try:
         with running_ray([*head, *options]) as ray:
             wait_for_ray(ray, own, port)
