@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.errors import UserError
-from slurm.queue import ENDED, ask, job_facts, submitted
+from slurm.queue import ENDED, Submitted, ask, job_facts, submitted
 from slurm.script import FILES, OUTPUT, SCRIPT
-from slurm.submit import Submitted, require_not_queued, submit_file
+from slurm.submit import require_not_queued, submit_file
 
 FOLLOW_SECONDS = 1.0
 NO_OUTPUT = "0:53"

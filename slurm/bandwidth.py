@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     nodes = (given.attempt / "asked").read_text().split()
     own = os.environ["SLURMD_NODENAME"]
-    meetings = [(own,)] if given.intra_node else []
+    meetings: list[tuple[str, ...]] = [(own,)] if given.intra_node else []
     if given.node_pair:
         meetings += [pair for each in rounds(nodes) for pair in each if own in pair]
     measured: dict[str, float | None] = {}
