@@ -28,8 +28,10 @@ from pathlib import Path
 import psutil
 
 POLL_SECONDS = 0.25
-READY_SECONDS = 180.0
+READY_SECONDS = 300.0
 OBJECT_STORE_BYTES = 80 * 2**20
+MOST_CHARACTERS = 24
+"""Of a directory for Ray: its sockets lie about 75 characters deeper, and the kernel allows 107."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 ADDRESS = "address"
 """File of an attempt: where Ray listens."""
@@ -75,13 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def lead(attempt: Path, run: Path, own: str, options: list[str], driver: list[str]) -> int:
     """Ray's head on this node, at address `own`, and the driver beside it; returns the driver's exit code."""
-    port, directory = free_port(own), tempfile.mkdtemp(prefix="ray-")
-    head = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor", f"--temp-dir={directory}"]
+    directory = Path(tempfile.mkdtemp(prefix="ray-", dir=short_directory()))
+    deadline = time.monotonic() + READY_SECONDS
     try:
-        with running_ray([*head, *options]) as ray:
-            wait_for_ray(ray, own, port)
-            publish(attempt / ADDRESS, f"{own}:{port} {directory}")
-            return _follow([*driver, f"--address={own}:{port}"], attempt, run)
+        while time.monotonic() < deadline:
+            port = free_port(own)
+            head = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor", f"--temp-dir={directory}"]
+            with running_ray([*head, *options], directory) as ray:
+                if is_up(ray, directory):
+                    publish(attempt / ADDRESS, f"{own}:{port} {directory}")
+                    return _follow([*driver, f"--address={own}:{port}"], attempt, run)
+        print(f"error: Ray's head did not start within {READY_SECONDS:.0f} s; its log is in {attempt}", flush=True)
+        return 1
     finally:
         (attempt / DONE).touch()
         shutil.rmtree(directory, ignore_errors=True)
@@ -89,14 +96,14 @@ def lead(attempt: Path, run: Path, own: str, options: list[str], driver: list[st
 
 def serve(attempt: Path, options: list[str]) -> int:
     """A node of the head's Ray, until the driver has ended."""
-    address, directory = wait_for_text(attempt / ADDRESS).split()
+    address, name = wait_for_text(attempt / ADDRESS).split()
+    directory = Path(name)
+    directory.mkdir(exist_ok=True)
     deadline = time.monotonic() + READY_SECONDS
-    # The head listens a while before it takes nodes in, and Ray gives up sooner than a loaded head needs.
+    # Ray gives up sooner than a loaded head needs to answer.
     while time.monotonic() < deadline:
-        with running_ray([f"--address={address}", *options]) as ray:
-            while ray.poll() is None:
-                if DONE in os.listdir(attempt):
-                    break
+        with running_ray([f"--address={address}", *options], directory) as ray:
+            while ray.poll() is None and DONE not in os.listdir(attempt):
                 time.sleep(POLL_SECONDS)
         if DONE in os.listdir(attempt):
             shutil.rmtree(directory, ignore_errors=True)
@@ -105,11 +112,12 @@ def serve(attempt: Path, options: list[str]) -> int:
 
 
 @contextmanager
-def running_ray(options: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Ray on this node; all its processes are gone after the block."""
-    # Its own words go to standard error, so that standard output is the driver's alone.
+def running_ray(options: Sequence[str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Ray on this node, its files in `directory`; all its processes are gone after the block."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
-    ray = subprocess.Popen(command, stdout=sys.stderr)
+    # Its default directory is one for all users of a machine. Its own words go to standard error, so that standard
+    # output is the driver's alone.
+    ray = subprocess.Popen(command, stdout=sys.stderr, env=os.environ | {"RAY_TMPDIR": str(directory)})
     try:
         yield ray
     finally:
@@ -118,6 +126,21 @@ def running_ray(options: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             ray.wait()
+
+
+def is_up(ray: subprocess.Popen[bytes], directory: Path) -> bool:
+    """Wait until Ray has started (it writes its address into its directory then) or has given up."""
+    while ray.poll() is None:
+        if (directory / "ray_current_cluster").exists():
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def short_directory() -> str:
+    """The temporary directory, or /tmp where its name is too long for the sockets within."""
+    directory = tempfile.gettempdir()
+    return directory if len(directory) <= MOST_CHARACTERS else "/tmp"
 
 
 def free_port(address: str) -> int:
@@ -147,25 +170,6 @@ def wait_for_text(file: Path, seconds: float = READY_SECONDS) -> str:
             raise TimeoutError(f"after {seconds:.0f} s there is no {file}")
         time.sleep(POLL_SECONDS)
     return file.read_text()
-
-
-def wait_for_ray(ray: subprocess.Popen[bytes], address: str, port: int) -> None:
-    """Wait until Ray's head listens.
-
-    Raises:
-        RuntimeError: it ended, or does not listen in time.
-    """
-    deadline = time.monotonic() + READY_SECONDS
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=1).close()
-            return
-        except OSError as error:
-            if ray.poll() is not None:
-                raise RuntimeError(f"Ray's head ended with code {ray.returncode}") from error
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"Ray's head does not listen at {address}:{port}: {error}") from error
-        time.sleep(POLL_SECONDS)
 
 
 def _follow(command: list[str], attempt: Path, run: Path) -> int:

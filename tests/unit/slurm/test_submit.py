@@ -3,7 +3,10 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from job_samples import job
@@ -163,3 +166,51 @@ def test_a_script_can_be_written_now_and_submitted_later(commands, tmp_path, cap
     assert main(["submit", str(run)]) == 0
     assert "job 41" in capsys.readouterr().out
     assert (run / "slurm" / "job.json").exists()
+
+
+PROGRAM = """
+import runpy, sys
+try:
+    runpy.run_module("train", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print(end.code, [name for name in ("torch", "ray", "megatron", "deepspeed", "wandb") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("sweep", "number"), [(["seed=1"], "41"), (["seed=1,2", "-m"], "41_1")]
+)
+def test_the_command_line_submits_without_importing_a_framework(commands, tmp_path, sweep, number):
+    overrides = ["recipe=foundation", "cluster=h200_slurm", "scale=rehearsal", "cluster.device=cpu"]
+    overrides += ["cluster.num_nodes=2", "cluster.ranks_per_node=1", "tracking.mode=disabled", *sweep]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *overrides],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr
+    runs = sorted((tmp_path / "runs").glob("foundation-*"))
+    assert len((tmp_path / "sbatch.log").read_text().splitlines()) == 1
+    assert f"job            {number}" in done.stdout
+    for run in runs:
+        assert f"python -m slurm status {run}" in done.stdout and f"resume={run}" in done.stdout
+    submitted = {json.loads((run / "slurm" / "job.json").read_text())["job"] for run in runs}
+    assert submitted == ({"41"} if len(runs) == 1 else {"41_0", "41_1"})
+
+
+def test_a_sweep_with_a_fault_in_its_second_run_submits_nothing(commands, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "recipe=foundation", "cluster=h200_slurm", "cluster.num_nodes=256,257", "-m"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert not (tmp_path / "sbatch.log").exists()
