@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from conf.errors import UserError
@@ -17,6 +18,7 @@ from slurm.script import FILES, OUTPUT, SCRIPT
 from slurm.submit import require_not_queued, submit_file
 
 FOLLOW_SECONDS = 1.0
+TAIL_BYTES = 2**18
 NO_OUTPUT = "0:53"
 """Exit code of a job whose output file could not be opened on its first node."""
 
@@ -154,12 +156,15 @@ def _progress(run: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     with file.open("rb") as stream:
-        stream.seek(max(0, os.path.getsize(file) - 2**20))
+        stream.seek(max(0, os.path.getsize(file) - TAIL_BYTES))
         lines = stream.read().decode(errors="replace").splitlines()
     for line in reversed(lines):
-        if line.startswith("{") and '"kind": "step"' in line and line.endswith("}"):
-            step = json.loads(line)
-            return {"progress": f"{step['stage']}, step {step['step']} of {step['num_steps']}, loss {step['loss']:.4f}"}
+        # The first line may be cut off, and the last one still being written.
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("kind") == "step":
+                step = f"step {record['step']} of {record['num_steps']}"
+                return {"progress": f"{record['stage']}, {step}, loss {record['loss']:.4f}"}
     return {}
 
 

@@ -134,16 +134,16 @@ def _faults(node: str, reports: Mapping[str, Report], clock_seconds: float) -> t
     if report.clock_offset is not None and abs(report.clock_offset - statistics.median(offsets)) > clock_seconds:
         away = report.clock_offset - statistics.median(offsets)
         faults.append(f"its clock is {away:+.1f} s off the others' (at most {clock_seconds:g})")
-    faults += _slow_pairs(report, reports)
+    faults += _bad_pairs(report, reports)
     return tuple(faults)
 
 
-def _slow_pairs(report: Report, reports: Mapping[str, Report]) -> list[str]:
-    """A node is at fault where every pair it was in with a sound partner was slow; a good one has a good pair."""
+def _bad_pairs(report: Report, reports: Mapping[str, Report]) -> list[str]:
+    """A node is at fault where every pair it was in with a sound partner went badly; a good one has a good pair."""
     counted = {other: told for other, told in report.pairs.items() if other in reports and not reports[other].faults}
-    if not counted or not all(told is not None and told.startswith("slow") for told in counted.values()):
+    if any(told is not None and told.startswith("fast") for told in counted.values()):
         return []
-    return [f"all-reduce with {other} is {told}" for other, told in counted.items()]
+    return [f"all-reduce with {other} {f'is {told}' if told else 'did not finish'}" for other, told in counted.items()]
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Report:
         sees_run: whether the run directory here is the one the job was started from.
         clock_offset: seconds its clock is ahead of the first node's; None where it could not ask.
         intra_node_gb_per_second: bus bandwidth of an all-reduce over its ranks.
-        pairs: other node -> `fast (...)` or `slow (...)`, or None where the two did not meet.
+        pairs: other node -> `fast (...)` or `slow (...)`, or None where it did not finish.
     """
 
     node: str

@@ -57,7 +57,7 @@ KillWait=10
 MinJobAge=600
 OverTimeLimit=0
 SlurmdParameters=config_overrides
-PartitionName=train Nodes=n[1-{num_nodes}] Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=45 OverSubscribe=NO
+PartitionName=train Nodes=n[1-{num_nodes}] Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=120 OverSubscribe=NO
 PartitionName=urgent Nodes=n[1-{num_nodes}] MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=physics Nodes=n[1-{num_nodes}] MaxTime=60 State=UP AllowAccounts=physics
 """

@@ -73,6 +73,14 @@ class TestPairs:
         told = self.pairs(n1={"n2": self.SLOW}) | {"n2": {"faults": ["x"], "pairs": {"n1": self.SLOW}}}
         assert list(chosen(num_nodes=4, **told).failed) == ["n2"]
 
+    def test_a_node_that_nobody_could_reach_has_failed_and_those_who_tried_have_not(self):
+        told = self.pairs(
+            n1={"n2": None, "n5": self.FAST}, n2={"n1": None, "n3": None}, n3={"n2": None, "n4": self.FAST}
+        )
+        assert chosen(num_nodes=4, **told).failed == {
+            "n2": ("all-reduce with n1 did not finish", "all-reduce with n3 did not finish")
+        }
+
     def test_pairs_that_did_not_meet_say_nothing_of_the_one_that_waited(self):
         assert chosen(num_nodes=4, without=["n2"], n1={"pairs": {"n2": None}}).failed == {"n2": ("it did not report",)}
 

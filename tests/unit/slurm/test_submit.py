@@ -177,9 +177,7 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize(
-    ("sweep", "number"), [(["seed=1"], "41"), (["seed=1,2", "-m"], "41_1")]
-)
+@pytest.mark.parametrize(("sweep", "number"), [(["seed=1"], "41"), (["seed=1,2", "-m"], "41_1")])
 def test_the_command_line_submits_without_importing_a_framework(commands, tmp_path, sweep, number):
     overrides = ["recipe=foundation", "cluster=h200_slurm", "scale=rehearsal", "cluster.device=cpu"]
     overrides += ["cluster.num_nodes=2", "cluster.ranks_per_node=1", "tracking.mode=disabled", *sweep]
