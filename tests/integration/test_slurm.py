@@ -132,7 +132,8 @@ def test_a_sweep_is_an_array_and_a_job_asked_by_slurm_saves_and_is_queued_again(
 
     slurm.wait_for_step(run, 3)
     assert "RUNNING" in slurm.ask("status", run) and "pretrain, step" in slurm.ask("status", run)
-    assert "still in the queue" in str(slurm.train(tmp_path / "two", f"resume={run}", code=2)) + slurm.output
+    assert slurm.train(tmp_path / "two", "cluster.num_nodes=2", *SLOW_STEPS, f"resume={run}", code=2) == []
+    assert "still in the queue" in slurm.output
     # What Slurm sends some time before a time limit, by `--signal=B:USR1@...`.
     slurm.cluster.command("scancel", "--batch", "--signal=USR1", slurm.facts(run)["JobId"])
     facts = slurm.wait_for_end(run)
