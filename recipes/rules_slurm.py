@@ -122,6 +122,7 @@ def step_seconds(config: RunConfig, stage: str) -> float | None:
         context=mesh.context,
         pipeline=mesh.pipeline,
         virtual_pipeline=engine.mesh.virtual_pipeline,
+        expert=engine.mesh.expert,
         data=mesh.data,
         micro_batch=training.micro_batch,
         global_batch=training.global_batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -52,13 +53,12 @@ class Slurm:
         self.cluster, self.unseen = cluster, unseen
         self.variables = cluster.environment | {"TMPDIR": temporary}
 
-    def train(self, runs_dir: Path, *overrides: str, code: int = 0, **variables: str) -> list[Path]:
-        """Type `python -m train`; returns the run directories it made."""
-        before = set(runs_dir.glob("foundation-*"))
-        ended = train(runs_dir, *ON_CPUS, *overrides, **self.variables | variables)
+    def train(self, runs_dir: Path, *overrides: str, code: int = 0) -> list[Path]:
+        """Type `python -m train`; returns the run directories it made, in order."""
+        ended = train(runs_dir, *ON_CPUS, *overrides, **self.variables)
         assert ended.code == code, ended.output
         self.output = ended.output
-        return sorted(set(runs_dir.glob("foundation-*")) - before)
+        return [Path(name) for name in re.findall(r"^run +(\S+)$", ended.output, re.MULTILINE)]
 
     def ask(self, command: str, run: Path, *options: str, code: int = 0) -> str:
         """Type `python -m slurm COMMAND RUN`."""
