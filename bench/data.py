@@ -224,10 +224,13 @@ def read_litdata(location: str, part: str, cache: str) -> Iterator[np.ndarray]:
 
 def stand_in_for_torchvision() -> None:
     """mosaicml-streaming imports torchvision for its image datasets; here are none, and builds may not fit torch's."""
+    from importlib.machinery import ModuleSpec
     from unittest.mock import MagicMock
 
     for name in ("", ".datasets", ".transforms", ".transforms.functional", ".io"):
-        sys.modules[f"torchvision{name}"] = MagicMock(VisionDataset=object)
+        sys.modules[f"torchvision{name}"] = MagicMock(
+            VisionDataset=object, __spec__=ModuleSpec(f"torchvision{name}", None), __path__=[], __version__="0"
+        )
 
 
 def first_of(part: str, steps: int) -> int:
