@@ -249,7 +249,7 @@ class _explained_file:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FileNotFoundError | IsADirectoryError):
+        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
             raise MissingObjectError(f"{self._path}: cannot be read, there is no such file.") from error
         if isinstance(error, OSError):
             raise DataError(f"{self._path}: {error.strerror}.") from error

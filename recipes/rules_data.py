@@ -110,10 +110,10 @@ def shuffling_is_wide(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         )
     for training in trainings_of(config).values():
         lanes = num_lanes_of(training.global_batch, shuffle.lanes)
-        if lanes % data:
+        if lanes < data:
             yield Problem(
                 "data.shuffle.lanes",
-                f"gives {lanes} lanes, not a multiple of {data} data ranks: some blocks are read by two ranks or more.",
+                f"gives {lanes} lanes for {data} data ranks: each block is read by {-(-data // lanes)} ranks.",
             )
             return
 
