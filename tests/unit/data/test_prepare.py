@@ -124,13 +124,14 @@ def test_two_at_once_end_up_with_one_dataset(
 ) -> None:
     source, data = SourceConfig(path=str(write_jsonl(tmp_path / "in.jsonl", TEXTS))), config(tmp_path, tokenizer_path)
     both_wrote = threading.Barrier(2, timeout=30)
-    finish = prepare_module._finish
+    finish = writer_module.DatasetWriter.finish
 
-    def wait_for_the_other(*arguments: object) -> None:
-        finish(*arguments)  # type: ignore[arg-type]
+    def wait_for_the_other(writer: writer_module.DatasetWriter, **arguments: object) -> object:
+        manifest = finish(writer, **arguments)  # type: ignore[arg-type]
         both_wrote.wait()
+        return manifest
 
-    monkeypatch.setattr(prepare_module, "_finish", wait_for_the_other)
+    monkeypatch.setattr(writer_module.DatasetWriter, "finish", wait_for_the_other)
     paths: list[str] = []
     threads = [threading.Thread(target=lambda: paths.append(prepared(source, data).path)) for _ in range(2)]
     for thread in threads:
