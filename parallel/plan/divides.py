@@ -1,4 +1,4 @@
-"""Which layouts divide the model, the sequence and the batch: the rules that the search and the checks before launch share."""
+"""Which layouts divide the model, the sequence and the batch; the search and the checks before launch share these."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def divisors(value: int) -> list[int]:
 
 
 def tensor_sizes(*widths: int, ranks_per_node: int) -> list[int]:
-    """Tensor ranks that share a node, and each of the widths evenly: heads, key-value heads, feed-forward, vocabulary."""
+    """Tensor ranks that share a node, and all widths evenly: heads, key-value heads, feed-forward, vocabulary."""
     return divisors(math.gcd(ranks_per_node, *widths))
 
 

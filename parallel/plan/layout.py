@@ -35,6 +35,8 @@ class Stack:
     """Inputs of fp8 matrix products are kept for the backward pass as fp8."""
     selective_is_by_operation: bool
     """Selective recomputation keeps every other matrix product (torchtitan), not all but core attention (Megatron)."""
+    interleaves: bool = False
+    """Pipeline ranks can hold several chunks of layers."""
     extra_saved: float = 0.0
     """Bytes kept a token and layer beyond what the backward formulas need, over the hidden size."""
     extra_saved_ffn: float = 0.0
@@ -56,6 +58,7 @@ MEGATRON = Stack(
     gradient_bytes=4,
     saves_fp8=True,
     selective_is_by_operation=False,
+    interleaves=True,
 )
 OURS = replace(
     MEGATRON,

@@ -57,6 +57,20 @@ class StageMemory:
         """What the GPU must have."""
         return self.reserved + OUTSIDE_BYTES
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """What `needed` is made of, by name."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "logits": self.logits,
+            "working buffers": self.buffers + WORKSPACE_BYTES,
+            "allocator slack": self.reserved - self.peak,
+            "CUDA and NCCL": OUTSIDE_BYTES,
+        }
+
 
 def memory(shape: Shape, layout: Layout) -> tuple[StageMemory, ...]:
     """Memory of each pipeline stage, first to last."""

@@ -49,7 +49,7 @@ def traffic(shape: Shape, layout: Layout, gpu: Gpu) -> tuple[AxisTraffic, ...]:
 
     ring = (layout.tensor - 1) / layout.tensor
     exchanges = 4 * (1 + again) + 6
-    add("tensor", layout.tensor, rounds * layers * exchanges * activations * ring, "activations, twice a layer each way")
+    add("tensor", layout.tensor, rounds * layers * exchanges * activations * ring, "activations, in every layer")
     keys = 2 * shape.kv_width / layout.tensor * layout.element_bytes * layout.tokens
     add("context", layout.context, rounds * layers * (3 + again) * keys * (layout.context - 1), "keys and values")
     local = sum(stage_parameters(shape, layout, layout.pipeline // 2))
