@@ -153,14 +153,33 @@ def _neighbours(layout: Layout) -> Iterator[Layout]:
             yield replace(layout, context=layout.context * factor, data=data)
 
 
+def told_memory(config: RunConfig, name: str, gpu: Gpu, worst: StageMemory) -> str:
+    """That a stage does not fit: its memory by part, and three changes that would."""
+    parts = ", ".join(f"{part} {byte_size(size)}" for part, size in worst.parts.items())
+    changes = changes_that_fit(config, name, gpu)
+    told = (f"{change.overrides} ({byte_size(change.worst.needed)})" for change in changes)
+    return (
+        f"{rules_layout.mesh_of(config)} needs {byte_size(worst.needed)} a GPU for '{name}', and {gpu.name} has "
+        f"{byte_size(gpu.memory_bytes)}. Pipeline rank {worst.stage} is the fullest: {parts}. "
+        + (f"These would fit: {'; '.join(told)}." if changes else nothing_fits(config, name, gpu))
+    )
+
+
 def nothing_fits(config: RunConfig, name: str, gpu: Gpu) -> str:
     """What to do where no layout of these GPUs fits: the smallest cluster that does, or the closest there is."""
     task = task_of(config, name, gpu)
     closest = search(task).leanest
     smallest = smallest_cluster(task)
-    told = f"No layout of {task.num_gpus} {gpu.name} holds this model"
-    if closest is not None:
-        told += f"; the closest needs {byte_size(closest.needed)} a GPU"
+    if closest is None:
+        told = (
+            f"No layout divides {task.num_gpus} GPUs, {task.global_batch} sequences a step and the model: sequences "
+            "must be a multiple of the data ranks"
+        )
+    else:
+        told = (
+            f"No layout of {task.num_gpus} {gpu.name} holds this model; the closest needs "
+            f"{byte_size(closest.needed)} a GPU"
+        )
     if smallest is not None:
         return f"{told}. The smallest cluster that does has {smallest} of them."
     return f"{told}, and no larger cluster of them does with {task.global_batch} sequences a step; use another GPU."

@@ -152,22 +152,7 @@ def training_fits_in_memory(config: RunConfig, machine: Machine) -> Iterator[Pro
         worst = worst_stage(fit.shape_of_stage(config, name), fit.layout_of_stage(config, name))
         if worst.needed <= gpu.memory_bytes:
             continue
-        parts = ", ".join(f"{part} {byte_size(size)}" for part, size in worst.parts.items())
-        yield Problem(
-            "engine.mesh",
-            f"{mesh_of(config)} needs {byte_size(worst.needed)} a GPU for '{name}', and {gpu.name} has "
-            f"{byte_size(gpu.memory_bytes)}. Pipeline rank {worst.stage} is the fullest: {parts}. "
-            f"{_what_would_fit(config, name, gpu)}",
-        )
-
-
-def _what_would_fit(config: RunConfig, name: str, gpu: Gpu) -> str:
-    changes = fit.changes_that_fit(config, name, gpu)
-    if changes:
-        return "These would fit: " + "; ".join(
-            f"{change.overrides} ({byte_size(change.worst.needed)})" for change in changes
-        )
-    return fit.nothing_fits(config, name, gpu)
+        yield Problem("engine.mesh", fit.told_memory(config, name, gpu, worst))
 
 
 def gpu_of(config: RunConfig, machine: Machine) -> Gpu | None:

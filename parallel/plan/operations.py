@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from conf.schema import HardwareConfig
 from parallel.plan.hardware import Gpu, gpu_named
 from parallel.plan.shapes import Shape
-from parallel.plan.throughput import PCIE_BANDWIDTH, StepTime
+from parallel.plan.throughput import StepTime
 
 DAY = 86400.0
 SAVED_BYTES = 14.0
 """Bytes a parameter in a checkpoint: bf16 weights, fp32 masters and two moments."""
 WAITING_DRAW = 0.35
 """Of its TDP, what a GPU draws while it waits for links: clocks stay up. Between idle (0.1) and busy."""
+COPY_BANDWIDTH = 2e9
+"""Bytes/s that a rank copies for a save while training waits: `bench/checkpoint.py` on CPU ranks; a GPU's link is faster."""
 TOKEN_BYTES = 4
 """Of a stored token, with vocabularies above 65,536."""
 
@@ -79,7 +81,7 @@ def saving(hardware: HardwareConfig, shape: Shape, num_gpus: int, interval_secon
     """What saving takes; `interval_seconds` is the time between saves, or of the whole stage where it saves once."""
     num_bytes = shape.num_parameters * SAVED_BYTES
     nodes = math.ceil(num_gpus / hardware.gpus_per_node)
-    blocked = num_bytes / num_gpus / PCIE_BANDWIDTH
+    blocked = num_bytes / num_gpus / COPY_BANDWIDTH
     durable = blocked + num_bytes / (nodes * hardware.storage_gb_per_s * 1e9)
     between_failures = hardware.gpu_days_per_failure * DAY / num_gpus
     return Saving(

@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_told_by_part_with_three_changes_that_would():
         values = dict(word.split("=") for word in overrides.split())
         typed = {key.replace(".", "__"): _typed(value) for key, value in values.items()}
         at = changed(config, engine__mesh__data=None, **typed)
-        assert problems_of(at, BIG_DISK) == {}, overrides
+        assert problems_of(at, BIG_DISK).keys() == {"init"}, overrides  # the sample names none
 
 
 def _typed(text):
