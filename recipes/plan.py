@@ -12,7 +12,7 @@ from conf.errors import ConfigError, Problem
 from conf.schema import Budget, HardwareConfig, RunConfig
 from parallel.plan.hardware import Gpu, UnknownGpuError
 from parallel.plan.layout import Layout
-from parallel.plan.memory import StageMemory
+from parallel.plan.memory import StageMemory, memory
 from parallel.plan.operations import (
     DAY,
     TOKEN_BYTES,
@@ -39,6 +39,7 @@ class Better:
     """A faster layout than the configured one."""
 
     overrides: str
+    layout: Layout
     gain: float
     """Of the throughput."""
     worst: StageMemory
@@ -65,6 +66,8 @@ class StagePlan:
     best_goodput: float
     """At the interval of Young and Daly."""
     power: Power
+    pipeline: tuple[StageMemory, ...]
+    """Memory of each pipeline rank."""
     traffic: tuple[AxisTraffic, ...]
     better: Better | None
     failures: float
@@ -167,8 +170,8 @@ def plan(config: RunConfig) -> Plan:
     """The plan of a resolved configuration.
 
     Raises:
-        ConfigError: the cluster or its GPU is not known, the layout is none, or a stage does not fit its GPUs; with what
-            would be possible.
+        ConfigError: the cluster or its GPU is not known, the axes do not divide it, or a stage does not fit its GPUs;
+            with what would be possible.
     """
     hardware, gpu = _site_of(config)
     names = list(trainings_of(config))
@@ -214,6 +217,7 @@ def stage_plan(
         goodput=useful,
         best_goodput=best_useful,
         power=power(hardware, gpu, num_gpus, step),
+        pipeline=memory(shape, layout),
         traffic=traffic(shape, layout, gpu),
         better=_better(config, name, gpu, step) if look_further else None,
         failures=seconds / DAY * num_gpus / hardware.gpu_days_per_failure,
@@ -233,6 +237,7 @@ def _better(config: RunConfig, name: str, gpu: Gpu, step: StepTime) -> Better | 
         return None
     return Better(
         overrides=fit.overrides_to(config, name, best.layout),
+        layout=best.layout,
         gain=step.seconds / best.step.seconds - 1,
         worst=best.worst,
         step=best.step,

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from conf.schema import RunConfig
+from conf.schema import Budget, RunConfig
 from parallel.plan.hardware import with_power_limit
 from parallel.plan.layout import Layout
 from parallel.plan.operations import DAY
 from parallel.plan.search import worst_stage
 from recipes import fit
-from recipes.plan import Plan, StagePlan, best_layout, stage_plan
+from recipes.plan import Plan, StagePlan, stage_plan
 from recipes.rules_layout import trainings_of
 
 MOST_TIMES_LARGER = 16
@@ -29,21 +29,26 @@ class Remedy:
     """In words."""
     overrides: str
     days: float
-    meets: bool
-    """Whether the days and the power of the budget are kept then."""
+    most_mw: float
+    num_gpus: int
+
+    def meets(self, budget: Budget) -> bool:
+        """Whether every limit is kept then."""
+        return self.days <= budget.days and self.most_mw <= budget.power_mw and self.num_gpus <= budget.gpus
 
 
 def remedies(config: RunConfig, plan: Plan) -> list[Remedy]:
     """Best first: what meets the budget before what only comes closer."""
-    found = [*_layout(config, plan), *_interval(config, plan)]
-    days, power = plan.verdicts[1], plan.verdicts[2]
+    found = [*_layout(config, plan), *_interval(plan)]
+    gpus, days, power = plan.verdicts
     if not days.is_met:
         found += [*_tokens(config, plan), *_more_gpus(config, plan)]
     if not power.is_met:
-        found += [*_power_limit(config, plan), *_fewer_gpus(config, plan, int(power.limit / power.value * plan.num_gpus))]
-    if plan.num_gpus > plan.budget.gpus:
-        found += _fewer_gpus(config, plan, plan.budget.gpus)
-    return sorted(found, key=lambda remedy: not remedy.meets)
+        found += _power_limit(config, plan)
+    if not power.is_met or not gpus.is_met:
+        most = min(plan.budget.gpus, int(plan.budget.power_mw / plan.most_mw * plan.num_gpus))
+        found += _fewer_gpus(config, plan, most)
+    return sorted(found, key=lambda remedy: not remedy.meets(plan.budget))
 
 
 def _layout(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
@@ -51,15 +56,13 @@ def _layout(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
     longest = max(plan.stages, key=lambda stage: stage.seconds)
     if longest.better is None:
         return
-    best = best_layout(config, longest.name, plan.gpu)
-    assert best is not None, "a better layout was found before"
-    at = fit.with_layout(config, longest.name, best.layout)
+    at = fit.with_layout(config, longest.name, longest.better.layout)
     stages = _stages(at, plan)
     if stages is not None and (days := _days(stages)) < plan.days:
-        yield _remedy("a faster layout", longest.better.overrides, days, plan)
+        yield _remedy(plan, "a faster layout", longest.better.overrides, days)
 
 
-def _interval(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
+def _interval(plan: Plan) -> Iterator[Remedy]:
     """Saving as often as Young and Daly say, where that wins a per cent."""
     steps, days = {}, 0.0
     for stage in plan.stages:
@@ -68,10 +71,8 @@ def _interval(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
         if worth:
             steps[stage.name] = max(1, round(stage.saves.best_interval_seconds / stage.step.seconds))
     if steps:
-        overrides = " ".join(
-            f"stages.{name}.training.checkpoint_every_steps={count}" for name, count in steps.items()
-        )
-        yield _remedy("checkpoints as often as failures ask for", overrides, days, plan)
+        overrides = " ".join(f"stages.{name}.training.checkpoint_every_steps={count}" for name, count in steps.items())
+        yield _remedy(plan, "checkpoints as often as failures ask for", overrides, days)
 
 
 def _tokens(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
@@ -80,7 +81,7 @@ def _tokens(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
     if share <= 0 or any(count < trainings_of(config)[name].tokens_per_step for name, count in tokens.items()):
         return
     overrides = " ".join(f"stages.{name}.training.tokens={count:.3g}" for name, count in tokens.items())
-    yield _remedy(f"{100 * (1 - share):.0f} % fewer tokens", overrides, plan.budget.days, plan)
+    yield _remedy(plan, f"{100 * (1 - share):.0f} % fewer tokens", overrides, plan.budget.days)
 
 
 def _rounded_down(value: float) -> float:
@@ -93,9 +94,7 @@ def _more_gpus(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
     for layout in _sizes(plan, upwards=True):
         stages = _stages(fit.with_layout(_with_nodes(config, plan, layout), plan.stages[0].name, layout), plan)
         if stages is not None and _days(stages) <= plan.budget.days:
-            beyond = " (more than the budget has)" if layout.num_gpus > plan.budget.gpus else ""
-            what = f"{layout.num_gpus:,} GPUs{beyond}"
-            yield _remedy(what, f"cluster.num_nodes={_nodes(plan, layout)}", _days(stages), plan, is_within=not beyond)
+            yield _of_size(plan, layout, stages)
             return
 
 
@@ -104,9 +103,19 @@ def _fewer_gpus(config: RunConfig, plan: Plan, most: int) -> Iterator[Remedy]:
         if layout.num_gpus <= most:
             stages = _stages(fit.with_layout(_with_nodes(config, plan, layout), plan.stages[0].name, layout), plan)
             if stages is not None:
-                overrides = f"cluster.num_nodes={_nodes(plan, layout)}"
-                yield _remedy(f"{layout.num_gpus:,} GPUs", overrides, _days(stages), plan)
+                yield _of_size(plan, layout, stages)
                 return
+
+
+def _of_size(plan: Plan, layout: Layout, stages: list[StagePlan]) -> Remedy:
+    beyond = ", more than the budget has" if layout.num_gpus > plan.budget.gpus else ""
+    return Remedy(
+        what=f"{layout.num_gpus:,} GPUs{beyond}",
+        overrides=f"cluster.num_nodes={_nodes(plan, layout)}",
+        days=_days(stages),
+        most_mw=_megawatts(stages),
+        num_gpus=layout.num_gpus,
+    )
 
 
 def _power_limit(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
@@ -116,16 +125,20 @@ def _power_limit(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
     if watts < LOWEST_POWER_LIMIT * plan.gpu.tdp_watts:
         return
     limited = with_power_limit(plan.gpu, watts)
-    days = _days([stage_plan(config, stage.name, plan.hardware, limited) for stage in plan.stages])
-    yield _remedy(f"GPUs limited to {watts} W each (nvidia-smi -pl {watts})", "", days, plan)
+    stages = [stage_plan(config, stage.name, plan.hardware, limited) for stage in plan.stages]
+    yield Remedy(
+        what=f"GPUs limited to {watts} W each (nvidia-smi -pl {watts})",
+        overrides="",
+        days=_days(stages),
+        most_mw=_megawatts(stages),
+        num_gpus=plan.num_gpus,
+    )
 
 
 def _sizes(plan: Plan, *, upwards: bool) -> Iterator[Layout]:
     """The first stage's layout with other numbers of data ranks, nearest first, in whole nodes."""
     layout = plan.stages[0].layout
-    sizes = (
-        range(layout.data + 1, MOST_TIMES_LARGER * layout.data + 1) if upwards else range(layout.data - 1, 0, -1)
-    )
+    sizes = range(layout.data + 1, MOST_TIMES_LARGER * layout.data + 1) if upwards else range(layout.data - 1, 0, -1)
     for data in sizes:
         other = replace(layout, data=data)
         if other.num_gpus % plan.hardware.gpus_per_node == 0:
@@ -150,9 +163,14 @@ def _stages(config: RunConfig, plan: Plan) -> list[StagePlan] | None:
     return [stage_plan(config, stage.name, plan.hardware, plan.gpu) for stage in plan.stages]
 
 
+def _megawatts(stages: list[StagePlan]) -> float:
+    return max(stage.power.most_mw for stage in stages)
+
+
 def _days(stages: list[StagePlan]) -> float:
     return sum(stage.seconds for stage in stages) / DAY
 
 
-def _remedy(what: str, overrides: str, days: float, plan: Plan, *, is_within: bool = True) -> Remedy:
-    return Remedy(what=what, overrides=overrides, days=days, meets=is_within and days <= plan.budget.days)
+def _remedy(plan: Plan, what: str, overrides: str, days: float) -> Remedy:
+    """On the same GPUs."""
+    return Remedy(what=what, overrides=overrides, days=days, most_mw=plan.most_mw, num_gpus=plan.num_gpus)

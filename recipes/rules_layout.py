@@ -143,9 +143,7 @@ def sequences_fit(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Sequences are within the model's length and can be split over the context and tensor axes."""
     mesh, engine = config.engine.mesh, config.engine
     longest = config.model.max_sequence_length
-    pieces = pieces_of_sequence(
-        context=mesh.context, tensor=mesh.tensor, sequence_parallel=engine.sequence_parallel
-    )
+    pieces = pieces_of_sequence(context=mesh.context, tensor=mesh.tensor, sequence_parallel=engine.sequence_parallel)
     for name in config.order:
         match config.stages.get(name):
             case PretrainStage(training=training) | SpecialiseStage(training=training):

@@ -16,7 +16,7 @@ SAVED_BYTES = 14.0
 WAITING_DRAW = 0.35
 """Of its TDP, what a GPU draws while it waits for links: clocks stay up. Between idle (0.1) and busy."""
 COPY_BANDWIDTH = 2e9
-"""Bytes/s that a rank copies for a save while training waits: `bench/checkpoint.py` on CPU ranks; a GPU's link is faster."""
+"""Bytes/s that a rank copies for a save while training waits: `bench/checkpoint.py`, CPU ranks; a GPU's is faster."""
 TOKEN_BYTES = 4
 """Of a stored token, with vocabularies above 65,536."""
 

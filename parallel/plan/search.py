@@ -158,9 +158,7 @@ _PART_WORDS = {
 
 def _meshes(task: Task) -> Iterator[Layout]:
     shape, node = task.shape, task.gpu.gpus_per_node
-    tensors = tensor_sizes(
-        shape.heads, shape.kv_heads, shape.ffn, shape.vocab, ranks_per_node=min(node, task.num_gpus)
-    )
+    tensors = tensor_sizes(shape.heads, shape.kv_heads, shape.ffn, shape.vocab, ranks_per_node=min(node, task.num_gpus))
     pipelines = divisors(shape.layers)
     for tensor in tensors:
         for context in (1, 2, 4, 8, 16):

@@ -42,9 +42,7 @@ def traffic(shape: Shape, layout: Layout, gpu: Gpu) -> tuple[AxisTraffic, ...]:
         nonlocal stride
         if group > 1:
             link: Link = "node" if stride * group <= min(gpu.gpus_per_node, layout.num_gpus) else "network"
-            found.append(
-                AxisTraffic(axis=axis, group=group, stride=stride, link=link, step_bytes=num_bytes, what=what)
-            )
+            found.append(AxisTraffic(axis=axis, group=group, stride=stride, link=link, step_bytes=num_bytes, what=what))
         stride *= group
 
     ring = (layout.tensor - 1) / layout.tensor
