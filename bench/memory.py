@@ -68,8 +68,8 @@ OPTIM = OptimConfig(
 )
 TOKENS = 512
 ON_CPU = {"bf16": 12.0, "fp32": 4.0}
-"""Bytes over the hidden size that a layer keeps more on a CPU: there torch's RMSNorm is written in elementary operations
-and keeps its input and its result in fp32, where the fused kernel keeps its input."""
+"""Bytes over the hidden size that a layer keeps more on a CPU: there torch's RMSNorm is made of elementary operations and
+keeps its input and its result in fp32, where the fused kernel keeps its input."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

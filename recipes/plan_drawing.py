@@ -17,6 +17,8 @@ WIDTH = 1040
 MOST_CELLS = 4096
 """GPUs that are drawn one by one; beyond, a node is one tile."""
 MOST_NODES_OF_REPLICA = 8
+REPLICA_ROW = 214
+"""Height of a row of nodes."""
 PART_COLOURS = (
     "var(--train)",
     "var(--source-3)",
@@ -26,6 +28,7 @@ PART_COLOURS = (
     "var(--bad)",
     "var(--source-4)",
     "var(--line)",
+    "var(--muted)",
 )
 AXIS_COLOURS = {
     "tensor": "var(--train)",
@@ -50,11 +53,11 @@ def svg(width: float, height: float, drawing: Sequence[str], name: str) -> str:
 
 def bar_of_parts(parts: dict[str, float], limit: float, unit: str) -> str:
     """A stacked bar up to `limit`, with its legend below; sizes in `unit`: "bytes" or "s"."""
-    drawing = [_rect(0, 0, WIDTH, 30, "var(--page)", radius=5)]
+    drawing = [_rect((0, 0, WIDTH, 30), "var(--page)", radius=5)]
     left = 0.0
     for (part, size), colour in zip(parts.items(), _colours(len(parts)), strict=True):
         width = WIDTH * size / limit
-        drawing.append(_rect(left, 0, width, 30, colour, title=f"{part}: {_size(size, unit)}"))
+        drawing.append(_rect((left, 0, width, 30), colour, title=f"{part}: {_size(size, unit)}"))
         left += width
     drawing.append(f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="29" rx="5" fill="none" stroke="var(--line)"/>')
     return svg(WIDTH, 30, drawing, "bar") + legend({part: _size(size, unit) for part, size in parts.items()})
@@ -76,16 +79,16 @@ def memory_by_rank(stages: Sequence[StageMemory], memory_bytes: float) -> str:
     drawing = []
     for row, stage in enumerate(stages):
         y, x = row * (height + gap), float(left)
-        drawing.append(_text(left - 12, y + 16, f"pipeline {stage.stage}", anchor="end", colour="var(--muted)"))
-        drawing.append(_rect(left, y, memory_bytes * scale, height, "var(--page)", radius=4))
-        for (part, size), colour in zip(stage.parts.items(), PART_COLOURS, strict=True):
-            drawing.append(_rect(x, y, size * scale, height, colour, title=f"{part}: {byte_size(size)}"))
+        drawing.append(_text((left - 12, y + 16), f"pipeline {stage.stage}", anchor="end", colour="var(--muted)"))
+        drawing.append(_rect((left, y, memory_bytes * scale, height), "var(--page)", radius=4))
+        for (part, size), colour in zip(stage.parts.items(), _colours(len(stage.parts)), strict=True):
+            drawing.append(_rect((x, y, size * scale, height), colour, title=f"{part}: {byte_size(size)}"))
             x += size * scale
-        drawing.append(_text(x + 8, y + 16, byte_size(stage.needed)))
+        drawing.append(_text((x + 8, y + 16), byte_size(stage.needed)))
     total = len(stages) * (height + gap)
     edge = left + memory_bytes * scale
     drawing.append(f'<line x1="{edge}" y1="0" x2="{edge}" y2="{total}" stroke="var(--bad)" stroke-width="2"/>')
-    drawing.append(_text(edge + 8, total - gap - 8, byte_size(memory_bytes), colour="var(--bad)"))
+    drawing.append(_text((edge + 8, total - gap - 8), byte_size(memory_bytes), colour="var(--bad)"))
     return svg(WIDTH, total, drawing, "memory of each pipeline rank")
 
 
@@ -104,29 +107,20 @@ def replica(layout: Layout, traffic: Sequence[AxisTraffic], gpus_per_node: int) 
     box, gap = (WIDTH - 56 * (columns - 1)) / columns, 56
     rows = math.ceil(len(shown) / columns)
     drawing = []
+    inside = ", ".join(f"{each.axis} {_volume(each.step_bytes)}" for each in traffic if each.link == "node")
     for place, node in enumerate(shown):
-        x, y = place % columns * (box + gap), place // columns * 190
+        x, y = place % columns * (box + gap), place // columns * REPLICA_ROW
         drawing += _node(mesh, node, own, (x, y, box), gpus_per_node)
+        if inside:
+            drawing.append(_text((x + box / 2, y + 158), inside, anchor="middle", colour="var(--muted)", size=11))
         if place + 1 < len(shown) and "pipeline" in links and place % columns < columns - 1:
-            drawing += _arrow(
-                x + box, y + 70, gap, f"{_volume(links['pipeline'].step_bytes)}", AXIS_COLOURS["pipeline"]
-            )
-    inside = [
-        f"{each.axis}: {_volume(each.step_bytes)}"
-        for each in traffic
-        if each.link == "node" and each.axis != "pipeline"
-    ]
-    y = rows * 190 - 22
-    words = []
-    if inside:
-        words.append(f"inside a node, by NVLink: {', '.join(inside)}")
-    outside = [f"{each.axis}: {_volume(each.step_bytes)}" for each in traffic if each.link == "network"]
-    if outside:
-        words.append(f"between nodes, by the network: {', '.join(outside)}")
+            volume = _volume(links["pipeline"].step_bytes)
+            drawing += _arrow(x + box, y + 70, gap, volume, AXIS_COLOURS["pipeline"])
+        if "data" in links and links["data"].link == "network":
+            drawing += _down(x + box / 2, y + 170, f"{_volume(links['data'].step_bytes)} of gradients and weights")
     if len(nodes) > len(shown):
-        words.append(f"{len(nodes) - len(shown)} more nodes like these")
-    drawing.append(_text(0, y + 6, "; ".join(words) + " (sent by a GPU in a step)", colour="var(--muted)"))
-    return svg(WIDTH, rows * 190, drawing, "the GPUs of one copy of the model")
+        drawing.append(_text((0, rows * REPLICA_ROW - 4), f"and {len(nodes) - len(shown)} more nodes like these"))
+    return svg(WIDTH, rows * REPLICA_ROW, drawing, "the GPUs of one copy of the model")
 
 
 def _node(mesh: Mesh, node: int, own: set[int], place: tuple[float, float, float], gpus_per_node: int) -> list[str]:
@@ -134,9 +128,9 @@ def _node(mesh: Mesh, node: int, own: set[int], place: tuple[float, float, float
     columns = min(4, gpus_per_node)
     cell = (box - 24 - 6 * (columns - 1)) / columns
     drawing = [
-        f'<rect x="{x + 0.5:.1f}" y="{y + 0.5}" width="{box - 1:.1f}" height="150" rx="9" fill="var(--page)" '
+        f'<rect x="{x + 0.5:.1f}" y="{y + 0.5}" width="{box - 1:.1f}" height="168" rx="9" fill="var(--page)" '
         'stroke="var(--line)"/>',
-        _text(x + 12, y + 20, f"node {node}", weight=600),
+        _text((x + 12, y + 20), f"node {node}", weight=600),
     ]
     for slot in range(gpus_per_node):
         rank = node * gpus_per_node + slot
@@ -147,11 +141,13 @@ def _node(mesh: Mesh, node: int, own: set[int], place: tuple[float, float, float
         title = f"rank {rank}: pipeline {at.pipeline}, data {at.data}, context {at.context}, tensor {at.tensor}"
         opacity = 1.0 if rank in own else 0.22
         drawing.append(
-            _rect(left, top, cell, 50, stage_colour(at.pipeline, mesh.pipeline), radius=5, title=title, opacity=opacity)
+            _rect(
+                (left, top, cell, 50), stage_colour(at.pipeline, mesh.pipeline), radius=5, title=title, opacity=opacity
+            )
         )
-        drawing.append(_text(left + cell / 2, top + 21, str(rank), anchor="middle", colour="#fff", weight=600))
+        drawing.append(_text((left + cell / 2, top + 21), str(rank), anchor="middle", colour="#fff", weight=600))
         drawing.append(
-            _text(left + cell / 2, top + 38, f"t{at.tensor} c{at.context}", anchor="middle", colour="#fff", size=10.5)
+            _text((left + cell / 2, top + 38), f"t{at.tensor} c{at.context}", anchor="middle", colour="#fff", size=10.5)
         )
     return drawing
 
@@ -165,7 +161,16 @@ def _arrow(x: float, y: float, length: float, label: str, colour: str) -> list[s
     )
     return [
         f'<path d="{heads}" stroke="{colour}" stroke-width="2" fill="none"/>',
-        _text(x + length / 2, y - 11, label, anchor="middle", size=10),
+        _text((x + length / 2, y - 11), label, anchor="middle", size=10),
+    ]
+
+
+def _down(x: float, y: float, label: str) -> list[str]:
+    """An arrow down, to the other copies of the model."""
+    head = f"M{x} {y}L{x} {y + 18}M{x - 5} {y + 12}L{x} {y + 18}L{x + 5} {y + 12}"
+    return [
+        f'<path d="{head}" stroke="{AXIS_COLOURS["data"]}" stroke-width="2" fill="none"/>',
+        _text((x + 10, y + 13), label, size=10.5),
     ]
 
 
@@ -190,15 +195,16 @@ def cluster_map(layout: Layout, gpus_per_node: int) -> str:
                 at = mesh.coordinate(node * gpus_per_node + slot)
                 left, top = x + 4 + slot % across * cell, y + 4 + slot // across * cell
                 drawing.append(
-                    _rect(left, top, cell - 1, cell - 1, stage_colour(at.pipeline, mesh.pipeline), radius=1.5)
+                    _rect((left, top, cell - 1, cell - 1), stage_colour(at.pipeline, mesh.pipeline), radius=1.5)
                 )
         else:
             colour = stage_colour(first.pipeline, mesh.pipeline)
-            drawing.append(_rect(x + 4, y + 4, cell * across - 1, cell * down - 1, colour, radius=2, title=title))
+            drawing.append(_rect((x + 4, y + 4, cell * across - 1, cell * down - 1), colour, radius=2, title=title))
         stroke = "var(--ink)" if first.data == 0 else "none"
+        frame = f'x="{x + 2:.1f}" y="{y + 2:.1f}" width="{cell * across + 3:.1f}" height="{cell * down + 3:.1f}"'
         drawing.append(
-            f'<rect x="{x + 2:.1f}" y="{y + 2:.1f}" width="{cell * across + 3:.1f}" height="{cell * down + 3:.1f}" rx="3" '
-            f'fill="transparent" stroke="{stroke}" stroke-width="1.5"><title>{escape(title)}</title></rect>'
+            f'<rect {frame} rx="3" fill="transparent" stroke="{stroke}" stroke-width="1.5">'
+            f"<title>{escape(title)}</title></rect>"
         )
     return svg(WIDTH, math.ceil(num_nodes / columns) * tile_height, drawing, "all nodes")
 
@@ -230,11 +236,11 @@ def _chart(
     log: bool = False,
 ) -> list[str]:
     left, width, height = place
-    x0, x1, y0, y1 = left + 58, left + width - 14, height - 44, 34.0
+    x0, x1, y0, y1 = left + 58, left + width - 30, height - 44, 34.0
     sizes = [math.log2(point.num_gpus) for point in points]
     values = [value for each in series.values() for value in each if value is not None]
     if not values:
-        return [_text(left, 20, f"{label}: no layout on any of these sizes")]
+        return [_text((left, 20), f"{label}: no layout on any of these sizes")]
     low, high = (math.log10(min(values) / 1.3), math.log10(max(values) * 1.3)) if log else (0.0, max(values) * 1.12)
 
     def x_of(size: float) -> float:
@@ -243,23 +249,23 @@ def _chart(
     def y_of(value: float) -> float:
         return y0 - ((math.log10(value) if log else value) - low) / (high - low) * (y0 - y1)
 
-    drawing = [_text(left, 16, label, weight=600)]
+    drawing = [_text((left, 16), label, weight=600)]
     for tick in _ticks(low, high, log=log):
         y = y_of(tick)
         drawing.append(f'<line x1="{x0}" x2="{x1}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
-        drawing.append(_text(x0 - 8, y + 4, count(tick), anchor="end", colour="var(--muted)"))
+        drawing.append(_text((x0 - 8, y + 4), count(tick), anchor="end", colour="var(--muted)"))
     for point, size in zip(points, sizes, strict=True):
         if point.num_gpus == num_gpus:
             x = x_of(size)
             drawing.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y1}" y2="{y0}" stroke="var(--muted)" stroke-dasharray="3 4"/>'
             )
-            drawing.append(_text(x, y1 - 6, "this plan", anchor="middle", colour="var(--muted)", size=11))
+            drawing.append(_text((x, y1 - 6), "this plan", anchor="middle", colour="var(--muted)", size=11))
         if math.log2(point.num_gpus).is_integer():
             drawing.append(
-                _text(x_of(size), y0 + 18, f"{point.num_gpus:,}", anchor="middle", colour="var(--muted)", size=11)
+                _text((x_of(size), y0 + 18), f"{point.num_gpus:,}", anchor="middle", colour="var(--muted)", size=11)
             )
-    drawing.append(_text((x0 + x1) / 2, y0 + 38, "GPUs", anchor="middle", colour="var(--muted)"))
+    drawing.append(_text(((x0 + x1) / 2, y0 + 38), "GPUs", anchor="middle", colour="var(--muted)"))
     for number, (name, column) in enumerate(series.items()):
         colour = ("var(--train)", "var(--source-0)")[number]
         known = [(x_of(size), y_of(value)) for size, value in zip(sizes, column, strict=True) if value is not None]
@@ -272,7 +278,7 @@ def _chart(
             drawing.append(
                 f'<line x1="{x0 + 12}" x2="{x0 + 34}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.4"/>'
             )
-            drawing.append(_text(x0 + 42, y + 4, name))
+            drawing.append(_text((x0 + 42, y + 4), name))
     return drawing
 
 
@@ -299,16 +305,10 @@ def _volume(num_bytes: float) -> str:
 
 
 def _rect(
-    x: float,
-    y: float,
-    width: float,
-    height: float,
-    colour: str,
-    *,
-    radius: float = 0,
-    title: str = "",
-    opacity: float = 1.0,
+    box: tuple[float, float, float, float], colour: str, *, radius: float = 0, title: str = "", opacity: float = 1.0
 ) -> str:
+    """A rectangle of x, y, width and height."""
+    x, y, width, height = box
     inner = f"<title>{escape(title)}</title>" if title else ""
     extra = (f' rx="{radius:g}"' if radius else "") + (f' opacity="{opacity:g}"' if opacity != 1 else "")
     return (
@@ -318,7 +318,15 @@ def _rect(
 
 
 def _text(
-    x: float, y: float, words: str, *, anchor: str = "start", colour: str = "", size: float = 12, weight: int = 400
+    at: tuple[float, float],
+    words: str,
+    *,
+    anchor: str = "start",
+    colour: str = "",
+    size: float = 12,
+    weight: int = 400,
 ) -> str:
+    """Words at x, y."""
+    x, y = at
     extra = (f' fill="{colour}"' if colour else "") + (f' font-weight="{weight}"' if weight != 400 else "")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}"{extra}>{escape(words)}</text>'

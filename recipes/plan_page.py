@@ -124,13 +124,14 @@ def _stage(plan: Plan, stage: StagePlan, curve: tuple[Point, ...]) -> Iterator[s
     yield f'<div class="card"><h3>A step</h3>{bar_of_parts(parts, step.seconds, "s")}</div>'
     biggest = {part: byte_size(size) for part, size in stage.worst.parts.items()}
     yield (
-        f'<div class="card"><h3>Memory of a GPU, by pipeline rank</h3>{memory_by_rank(stage.pipeline, plan.gpu.memory_bytes)}'
-        f"{legend(biggest)}<p class='said' style='margin:8px 0 0'>Sizes of pipeline rank {stage.worst.stage}, the "
+        f'<div class="card"><h3>Memory of a GPU, by pipeline rank</h3>'
+        f"{memory_by_rank(stage.pipeline, plan.gpu.memory_bytes)}{legend(biggest)}<p class='said' style='margin:8px 0 0'>Sizes of pipeline rank {stage.worst.stage}, the "
         "fullest. Up to the red line there is room.</p></div>"
     )
     yield (
         f'<div class="card"><h3>Layout: {escape(axes(layout))}</h3>'
-        '<p class="said">One copy of the model: its ranks on their GPUs. t and c are the tensor and context rank.</p>'
+        '<p class="said">One copy of the model: its ranks on their GPUs (t and c: tensor and context rank), and what a GPU sends in a step: in '
+        "the node, to the next pipeline rank, and to the same ranks of the other copies.</p>"
         f"{replica(layout, stage.traffic, plan.hardware.gpus_per_node)}</div>"
     )
     yield (
@@ -198,8 +199,8 @@ def _assumptions(plan: Plan) -> str:
     site = plan.hardware
     facts = [
         f"MFU: {MFU_CONVENTION}.",
-        f"Power counts the building (PUE {site.pue:g}) and {site.node_watts:,.0f} W a node besides its GPUs; the budget "
-        "is held against every GPU at its limit.",
+        f"Power counts the building (PUE {site.pue:g}) and {site.node_watts:,.0f} W a node besides its GPUs; the "
+        "budget is held against every GPU at its limit.",
         f"One unplanned interruption in {site.gpu_days_per_failure:,.0f} GPU days, {site.restart_minutes:g} minutes to "
         "the next step.",
         "The price is GPU hours; storage and transfer are not in it. Evaluation and export take minutes and are left "
