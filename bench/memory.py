@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -68,8 +68,8 @@ OPTIM = OptimConfig(
 )
 TOKENS = 512
 ON_CPU = {"bf16": 12.0, "fp32": 4.0}
-"""Bytes over the hidden size that a layer keeps more on a CPU: there torch's RMSNorm is made of elementary operations and
-keeps its input and its result in fp32, where the fused kernel keeps its input."""
+"""Bytes over the hidden size that a layer keeps more on a CPU, where torch's RMSNorm is made of elementary operations
+and keeps its input and its result in fp32; the fused kernel keeps its input."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,7 @@ class Trial:
     micro_batches: int = 1
     recompute: str = "none"
     precision: str = "bf16"
-    distributed_optimizer: bool = True
+    zero_stage: Literal[0, 1] = 1
     sequence_parallel: bool = True
     tied: bool = False
 
@@ -95,7 +95,7 @@ class Trial:
         words += [f"data {self.data}", f"micro {self.micro_batch} x {self.micro_batches}"]
         words += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         words += [self.precision] if self.precision != "bf16" else []
-        words += ["no distributed optimizer"] if not self.distributed_optimizer else []
+        words += ["zero_stage 0"] if self.zero_stage == 0 else []
         words += ["no sequence parallel"] if self.tensor > 1 and not self.sequence_parallel else []
         words += ["tied"] if self.tied else []
         return " ".join(words)
@@ -124,8 +124,8 @@ class Trial:
             ),
             precision=self.precision,  # type: ignore[arg-type]
             sequence_parallel=self.sequence_parallel and self.tensor > 1,
-            distributed_optimizer=self.distributed_optimizer,
-            overlap=self.distributed_optimizer,
+            zero_stage=self.zero_stage,
+            overlap=self.zero_stage > 0,
             recompute=self.recompute,  # type: ignore[arg-type]
         )
 
@@ -149,7 +149,7 @@ class Trial:
 TRIALS = (
     Trial(micro_batches=2),
     Trial(micro_batch=2, tied=True),
-    Trial(data=8, distributed_optimizer=False),
+    Trial(data=8, zero_stage=0),
     Trial(data=8, precision="fp32"),
     Trial(tensor=4, data=8),
     Trial(tensor=4, data=2, sequence_parallel=False),

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from conf.schema import RunConfig
 from parallel.plan.configured import layout_of
 from parallel.plan.hardware import Gpu
-from parallel.plan.layout import Layout, Recompute
+from parallel.plan.layout import Layout, Recompute, Sharding
 from parallel.plan.memory import StageMemory
 from parallel.plan.search import Task, search, smallest_cluster, worst_stage
 from parallel.plan.shapes import Shape, shape_of
 from parallel.plan.throughput import step_time
-from recipes import rules_layout
+from recipes import rules_engine, rules_experts, rules_layout
 from recipes.machine import Machine
 from recipes.rules_layout import trainings_of
 from train.quantities import byte_size
 
 NOBODY = Machine(cores=1, memory_bytes=0)
 """Rules of layouts do not look at the machine."""
-RECOMPUTE: dict[str, str] = {"mlp": "selective"}
-"""The engine's name of what it recomputes, where the planner has another."""
+LAYOUT_RULES = (*rules_layout.RULES, *rules_engine.RULES, *rules_experts.RULES)
+"""Those that say which layouts there are."""
 
 
 def shape_of_stage(config: RunConfig, name: str) -> Shape:
@@ -51,25 +52,37 @@ def with_layout(config: RunConfig, name: str, layout: Layout) -> RunConfig:
             pipeline=layout.pipeline,
             virtual_pipeline=layout.virtual_pipeline,
             data=layout.data,
+            expert=layout.expert,
         ),
         sequence_parallel=layout.sequence_parallel,
-        distributed_optimizer=layout.sharding != "none",
-        recompute=RECOMPUTE.get(layout.recompute, layout.recompute),
+        zero_stage=_zero_stage(layout),
+        recompute=_recompute(layout),
     )
     stage = config.stages[name]
     training = replace(trainings_of(config)[name], micro_batch=layout.micro_batch)
     return replace(
         config,
         engine=engine,
-        stages={**config.stages, name: replace(stage, training=training)},  # type: ignore[call-arg]
+        # Whichever of the stages it is, it has a training.
+        stages={**config.stages, name: replace(stage, training=training)},  # type: ignore[arg-type]
     )
 
 
 def refusal(config: RunConfig, name: str, layout: Layout) -> str | None:
     """Why the rules refuse a layout, or None."""
     at = with_layout(config, name, layout)
-    found = (problem for rule in rules_layout.RULES for problem in rule(at, NOBODY))
+    found = (problem for rule in LAYOUT_RULES for problem in rule(at, NOBODY))
     return next((problem.path for problem in found), None)
+
+
+def _recompute(layout: Layout) -> Literal["none", "selective", "full"]:
+    """The engine's name: its selective recomputation is that of the feed-forward layers."""
+    return "selective" if layout.recompute == "mlp" else layout.recompute
+
+
+def _zero_stage(layout: Layout) -> Literal[0, 1, 2, 3]:
+    stages: dict[Sharding, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+    return stages[layout.sharding]
 
 
 def overrides_to(config: RunConfig, name: str, layout: Layout) -> str:
@@ -81,8 +94,9 @@ def overrides_to(config: RunConfig, name: str, layout: Layout) -> str:
         "engine.mesh.pipeline": (now.pipeline, then.pipeline),
         "engine.mesh.virtual_pipeline": (now.virtual_pipeline, then.virtual_pipeline),
         "engine.sequence_parallel": (now.sequence_parallel, then.sequence_parallel),
-        "engine.distributed_optimizer": (now.sharding != "none", then.sharding != "none"),
-        "engine.recompute": tuple(RECOMPUTE.get(each, each) for each in (now.recompute, then.recompute)),
+        "engine.mesh.expert": (now.expert, then.expert),
+        "engine.zero_stage": (_zero_stage(now), _zero_stage(then)),
+        "engine.recompute": (_recompute(now), _recompute(then)),
         f"stages.{name}.training.micro_batch": (now.micro_batch, then.micro_batch),
     }
     return " ".join(f"{key}={str(new).lower()}" for key, (old, new) in keys.items() if old != new)

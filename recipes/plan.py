@@ -268,7 +268,7 @@ def _site_of(config: RunConfig) -> tuple[HardwareConfig, Gpu]:
 def _require_layout(config: RunConfig, gpu: Gpu, names: list[str]) -> None:
     if not names:
         raise ConfigError([Problem("order", f"has no stage that trains ({', '.join(config.order)}): nothing to plan.")])
-    rules = (*rules_stages.RULES, *rules_layout.RULES)
+    rules = (*rules_stages.RULES, *fit.LAYOUT_RULES)
     problems = [problem for rule in rules for problem in rule(config, fit.NOBODY)]
     if problems:
         raise ConfigError([*problems, *_possible_layouts(config, gpu, names)])

@@ -117,7 +117,7 @@ def replica(layout: Layout, traffic: Sequence[AxisTraffic], gpus_per_node: int) 
             volume = _volume(links["pipeline"].step_bytes)
             drawing += _arrow(x + box, y + 70, gap, volume, AXIS_COLOURS["pipeline"])
         if "data" in links and links["data"].link == "network":
-            drawing += _down(x + box / 2, y + 170, f"{_volume(links['data'].step_bytes)} of gradients and weights")
+            drawing += _down(x + box / 2, y + 170, f"data {_volume(links['data'].step_bytes)}")
     if len(nodes) > len(shown):
         drawing.append(_text((0, rows * REPLICA_ROW - 4), f"and {len(nodes) - len(shown)} more nodes like these"))
     return svg(WIDTH, rows * REPLICA_ROW, drawing, "the GPUs of one copy of the model")
@@ -253,14 +253,16 @@ def _chart(
     for tick in _ticks(low, high, log=log):
         y = y_of(tick)
         drawing.append(f'<line x1="{x0}" x2="{x1}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
-        drawing.append(_text((x0 - 8, y + 4), count(tick), anchor="end", colour="var(--muted)"))
+        drawing.append(
+            _text((x0 - 8, y + 4), count(tick) if tick >= 1 else f"{tick:g}", anchor="end", colour="var(--muted)")
+        )
     for point, size in zip(points, sizes, strict=True):
         if point.num_gpus == num_gpus:
             x = x_of(size)
             drawing.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y1}" y2="{y0}" stroke="var(--muted)" stroke-dasharray="3 4"/>'
             )
-            drawing.append(_text((x, y1 - 6), "this plan", anchor="middle", colour="var(--muted)", size=11))
+            drawing.append(_text((x + 5, y1 + 6), "this plan", colour="var(--muted)", size=11))
         if math.log2(point.num_gpus).is_integer():
             drawing.append(
                 _text((x_of(size), y0 + 18), f"{point.num_gpus:,}", anchor="middle", colour="var(--muted)", size=11)

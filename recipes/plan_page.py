@@ -68,9 +68,9 @@ def _tiles(plan: Plan) -> str:
         (f"{plan.days:.1f} days", f"for {count(sum(stage.tokens for stage in plan.stages))} tokens, failures included"),
         (rate, f"a GPU, {percent(longest.step.mfu)} MFU"),
         (f"{plan.energy_mwh:,.0f} MWh", f"{max(stage.power.mean_mw for stage in plan.stages):.2f} MW on average"),
-        (f"${plan.dollars / 1e6:,.2f}M", f"at ${plan.hardware.dollars_per_gpu_hour:.2f} a GPU hour"),
+        (f"${count(plan.dollars)}", f"at ${plan.hardware.dollars_per_gpu_hour:.2f} a GPU hour"),
         (
-            f"{sum(stage.failures for stage in plan.stages):.0f} failures",
+            f"{sum(stage.failures for stage in plan.stages):.1f} failures",
             f"expected; {percent(longest.goodput)} of the time is training",
         ),
     ]
@@ -125,13 +125,14 @@ def _stage(plan: Plan, stage: StagePlan, curve: tuple[Point, ...]) -> Iterator[s
     biggest = {part: byte_size(size) for part, size in stage.worst.parts.items()}
     yield (
         f'<div class="card"><h3>Memory of a GPU, by pipeline rank</h3>'
-        f"{memory_by_rank(stage.pipeline, plan.gpu.memory_bytes)}{legend(biggest)}<p class='said' style='margin:8px 0 0'>Sizes of pipeline rank {stage.worst.stage}, the "
+        f"{memory_by_rank(stage.pipeline, plan.gpu.memory_bytes)}{legend(biggest)}"
+        f"<p class='said' style='margin:8px 0 0'>Sizes of pipeline rank {stage.worst.stage}, the "
         "fullest. Up to the red line there is room.</p></div>"
     )
     yield (
         f'<div class="card"><h3>Layout: {escape(axes(layout))}</h3>'
-        '<p class="said">One copy of the model: its ranks on their GPUs (t and c: tensor and context rank), and what a GPU sends in a step: in '
-        "the node, to the next pipeline rank, and to the same ranks of the other copies.</p>"
+        "<p class='said'>One copy of the model: its ranks on their GPUs (t and c: tensor and context rank), and what a "
+        "GPU sends in a step: in the node, to the next pipeline rank, and to the same ranks of the other copies.</p>"
         f"{replica(layout, stage.traffic, plan.hardware.gpus_per_node)}</div>"
     )
     yield (

@@ -85,8 +85,8 @@ def _tokens(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
 
 
 def _rounded_down(value: float) -> float:
-    digits = 10 ** (math.floor(math.log10(value)) - 2)
-    return math.floor(value / digits) * digits
+    digits = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(math.floor(value / digits) * digits)
 
 
 def _more_gpus(config: RunConfig, plan: Plan) -> Iterator[Remedy]:

@@ -42,16 +42,23 @@ def state_bytes(config: RunConfig) -> int:
     """Least memory the fullest rank needs for weights, gradients and Adam; activations come on top."""
     model, engine, mesh = config.model, config.engine, mesh_of(config)
     embedding = model.vocab_size * model.hidden_size
-    layers = model.num_parameters - embedding * (1 if model.tied_embeddings else 2)
+    experts = model.num_expert_parameters
+    layers = model.num_parameters - experts - embedding * (1 if model.tied_embeddings else 2)
     # The first pipeline rank holds the embedding and the last the output head; one rank of one holds both.
     ends = embedding * (2 if mesh.pipeline == 1 and not model.tied_embeddings else 1)
-    parameters = (layers // mesh.pipeline + ends) // mesh.tensor
+    dense = (layers // mesh.pipeline + ends) // mesh.tensor
+    experts = experts // (mesh.pipeline * mesh.tensor * mesh.expert)
+    parameters = dense + experts
     weights = 2 if engine.precision == "bf16" else 4
     if not trainings_of(config):
         return parameters * weights
     gradients, adam = 4, 12 if engine.precision == "bf16" else 8
-    shards = mesh.data * mesh.context if engine.distributed_optimizer else 1
-    return parameters * (weights + gradients) + parameters * adam // shards
+    from_stage = ((1, adam), (2, gradients), (3, weights))
+
+    def held(parameters: int, replicas: int) -> int:
+        return sum(parameters * size // (replicas if engine.zero_stage >= stage else 1) for stage, size in from_stage)
+
+    return held(dense, mesh.num_replicas) + held(experts, mesh.num_expert_replicas)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -330,6 +337,10 @@ def _differences(saved: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str,
         was, now = getattr(saved, field), getattr(wanted, field)
         if was != now:
             yield field, was, now
+    for field in ("num_experts", "num_experts_per_token"):
+        was, now = getattr(saved.experts, field, None), getattr(wanted.experts, field, None)
+        if was != now:
+            yield f"experts.{field}", was, now
 
 
 def _placeholder(path: str, value: str) -> Problem:

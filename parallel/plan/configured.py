@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from conf.schema import EngineConfig, TrainingConfig
-from parallel.plan.layout import OURS, Layout
+from parallel.plan.layout import OURS, Layout, Sharding
+
+SHARDING: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3")
+"""By `engine.zero_stage`."""
 
 
 def layout_of(engine: EngineConfig, training: TrainingConfig, *, data: int) -> Layout:
@@ -15,12 +18,13 @@ def layout_of(engine: EngineConfig, training: TrainingConfig, *, data: int) -> L
         pipeline=mesh.pipeline,
         virtual_pipeline=mesh.virtual_pipeline,
         data=data,
+        expert=mesh.expert,
         micro_batch=training.micro_batch,
         global_batch=training.global_batch,
         sequence=training.sequence_length,
         precision=engine.precision,
         recompute="mlp" if engine.recompute == "selective" else engine.recompute,
-        sharding="zero1" if engine.distributed_optimizer else "none",
+        sharding=SHARDING[engine.zero_stage],
         sequence_parallel=engine.sequence_parallel,
         stack=OURS,
     )
