@@ -140,13 +140,17 @@ class MeshConfig(Strict):
 class EngineConfig(Strict):
     """How one model is spread over ranks and takes a step."""
 
-    backend: Literal["megatron"]
+    backend: Literal["megatron", "deepspeed"]
     mesh: MeshConfig
     precision: Precision
     sequence_parallel: bool
     """Split norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
     zero_stage: Literal[0, 1, 2, 3]
     """Split over the data (and context) ranks: 1 optimizer state, 2 gradients as well, 3 weights as well."""
+    offload_optimizer: Literal["none", "cpu", "nvme"]
+    """Where optimizer state lives and Adam runs: with the weights, or in host memory (nvme: kept in files between)."""
+    nvme_path: str | None
+    """Directory on a local disk for `offload_optimizer: nvme`."""
     overlap: bool
     """Overlap gradient reduction (and gathering of split weights) with computation."""
     recompute: Literal["none", "selective", "full"]

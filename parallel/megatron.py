@@ -66,13 +66,12 @@ class MegatronEngine:
             assert self._totals is not None
             router.totals = self._totals
         self._models: list[Any] = self._chunks
-        self._adams: list[ShardedAdam] = []
+        self._adams: list[Any] = []
         if optim is None:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
         else:
-            self._models = self._wrap_chunks()
-            self._adams = [ShardedAdam(self._models, family, engine, optim) for family in self._families]
+            self._models, self._adams = self._make_trainable(optim)
 
     def _named_boxes(self, model: ModelConfig) -> Iterator[tuple[Tensor, tuple[Box, ...]]]:
         for chunk in self._chunks:
@@ -92,6 +91,11 @@ class MegatronEngine:
                 # parameters would count once in the gradient norm instead of once a tensor rank.
                 parameter.tensor_model_parallel = boxes[0].shape != boxes[0].global_shape
                 yield parameter, boxes
+
+    def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[Any]]:
+        """What the chunks are trained through, and an optimizer for each family of weights (see `ShardedAdam`)."""
+        models = self._wrap_chunks()
+        return models, [ShardedAdam(models, family, self._engine, optim) for family in self._families]
 
     def _wrap_chunks(self) -> list[Any]:
         engine = self._engine
@@ -119,23 +123,20 @@ class MegatronEngine:
     ) -> StepResult:
         """See `Engine.step`."""
         assert self._optim is not None, "an engine without optim only scores"
-        for model in self._models:
-            model.zero_grad_buffer()
-        for adam in self._adams:
-            adam.zero_gradients()
         self._weigh_router_losses(micro_batches)
-        sums: list[LossSums] = self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
+        sums = self._accumulate(micro_batches, objective)
         names = objective.metric_names
-        total = torch.zeros(4 + len(names) + len(METRICS), dtype=torch.float64, device=self._device)
+        all_names = names if self._totals is None else (*names, *METRICS)
+        total = torch.zeros(4 + len(all_names), dtype=torch.float64, device=self._device)
         for adam in self._adams:
             total[0] += adam.gather_gradients()
         total[1] = float(stop)
         if self._is_last and self.coordinate.tensor == 0:
             for part in sums:
                 values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
-                total[2 : -len(METRICS)] += torch.stack([value.double() for value in values])
+                total[2 : 4 + len(names)] += torch.stack([value.double() for value in values])
         if self._totals is not None:
-            total[-len(METRICS) :] = self._totals.sums
+            total[4 + len(names) :] = self._totals.in_tokens() / self._num_layers
         dist.all_reduce(total)
         squared_norm, asked_to_stop, loss, num_tokens, *metrics = total.tolist()
         if num_tokens == 0:
@@ -144,8 +145,7 @@ class MegatronEngine:
             loss=loss / num_tokens,
             grad_norm=squared_norm**0.5 / num_tokens,
             num_tokens=round(num_tokens),
-            metrics={name: value / num_tokens for name, value in zip(names, metrics[: len(names)], strict=True)}
-            | self._router_metrics(metrics[len(names) :], len(micro_batches)),
+            metrics={name: value / num_tokens for name, value in zip(all_names, metrics, strict=True)},
             stop=asked_to_stop > 0,
         )
         _check_finite(result)
@@ -155,18 +155,20 @@ class MegatronEngine:
             adam.step(gradient_scale=clip / num_tokens, learning_rate=learning_rate)
         return result
 
+    def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[LossSums]:
+        """Gradients of the sum over micro-batches, reduced over data ranks; what the objective found, on the last."""
+        for model in self._models:
+            model.zero_grad_buffer()
+        for adam in self._adams:
+            adam.zero_gradients()
+        return self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
+
     def _weigh_router_losses(self, micro_batches: Sequence[Batch]) -> None:
         """Router losses are means over micro-batches, and gradients are divided by counted tokens: make up for it."""
         if self._totals is not None:
             counted = torch.tensor(float(sum(batch.loss_mask_BS.sum() for batch in micro_batches)), device=self._device)
             dist.all_reduce(counted, group=parallel_state.get_data_parallel_group())
             self._totals.begin_step(counted / (len(micro_batches) * self.mesh.data))
-
-    def _router_metrics(self, sums: Sequence[float], num_micro_batches: int) -> dict[str, float]:
-        if self._totals is None:
-            return {}
-        count = num_micro_batches * self.mesh.data * self._num_layers
-        return {name: value / count for name, value in zip(METRICS, sums, strict=True)}
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Batch]) -> RowScores:
@@ -256,8 +258,7 @@ class MegatronEngine:
     @torch.no_grad()
     def load_weights(self, source: TensorSource) -> None:
         """See `Engine.load_weights`."""
-        apart = self._engine.precision == "bf16"
-        shards = {shard.parameter: shard for adam in self._adams for shard in adam.shards()} if apart else {}
+        shards = {shard.parameter: shard for adam in self._adams if adam.masters_apart for shard in adam.shards()}
         for parameter, boxes in self._parameters.items():
             values = read_range(source, boxes, 0, parameter.numel())
             parameter.copy_(values.view_as(parameter))
@@ -269,15 +270,22 @@ class MegatronEngine:
         """See `Engine.optimizer_state`."""
         assert self._adams, "an engine without optim has no optimizer"
         for adam in self._adams:
-            shards = [shard for shard in adam.shards() if self._saves(shard.parameter)]
-            if adam.distributed:
-                ranges = [(0, shard.main.numel()) for shard in shards]
-            else:
-                ranges = adam.family.share([shard.main for shard in shards])
-            for shard, (start, stop) in zip(shards, ranges, strict=True):
+            for shard, start, stop in self._shares(adam):
                 for prefix, values in self._state_of(shard):
                     part = values.detach().view(-1)[start:stop]
+                    if adam.is_lent:
+                        part = part.clone()
                     yield from pieces_of(part, self._parameters[shard.parameter], shard.start + start, prefix=prefix)
+
+    def _shares(self, adam: Any) -> Iterator[tuple[OptimizerShard, int, int]]:
+        """Shards of which this rank saves state, and which of their elements [start, stop)."""
+        shards = (shard for shard in adam.shards() if self._saves(shard.parameter))
+        if adam.distributed:
+            yield from ((shard, 0, shard.main.numel()) for shard in shards)
+            return
+        held = list(shards)
+        for shard, (start, stop) in zip(held, adam.family.share([shard.main for shard in held]), strict=True):
+            yield shard, start, stop
 
     @torch.no_grad()
     def load_optimizer_state(self, source: TensorSource, *, num_steps: int) -> None:
@@ -323,8 +331,12 @@ def _training_loss(
     objective: Objective, group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor
 ) -> tuple[Tensor, Tensor, LossSums]:
     sums = objective(logits_BSV, inputs.labels_BS, inputs.loss_mask_BS, group)
-    # Pipeline schedules free the loss they are given; what is reported must have its own hold of the value.
-    return sums.loss, sums.num_tokens.int(), replace(sums, loss=sums.loss.detach())
+    return sums.loss, sums.num_tokens.int(), detached(sums)
+
+
+def detached(sums: LossSums) -> LossSums:
+    """What is reported: pipeline schedules free the loss they are given, so it has its own hold of the value."""
+    return replace(sums, loss=sums.loss.detach())
 
 
 def _row_scores(group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,10 +85,13 @@ def families_of(parameters: Iterable[torch.nn.Parameter]) -> list[Family]:
 class ShardedAdam:
     """AdamW over one family of weights of the wrapped (DDP) chunks of a model."""
 
+    is_lent = False
+
     def __init__(self, chunks: Sequence[Any], family: Family, engine: EngineConfig, optim: OptimConfig) -> None:
         self.distributed = engine.zero_stage == 1
+        self.masters_apart = engine.precision == "bf16"
         self.family = family
-        self.adam = adam.make_adam(family.parameters, optim)
+        self.adam: torch.optim.AdamW = adam.make_adam(family.parameters, optim)
         config = OptimizerConfig(
             optimizer="adam",
             lr=optim.learning_rate,

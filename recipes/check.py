@@ -25,7 +25,7 @@ RULES = (
     *rules_experts.RULES,
     *rules_place.RULES,
 )
-WARNINGS = (*rules_stages.WARNINGS, *rules_layout.WARNINGS, *rules_place.WARNINGS)
+WARNINGS = (*rules_stages.WARNINGS, *rules_layout.WARNINGS, *rules_experts.WARNINGS, *rules_place.WARNINGS)
 
 
 def check(config: RunConfig, machine: Machine) -> None:

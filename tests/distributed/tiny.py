@@ -57,7 +57,10 @@ class Layout:
     data: int = 1
     expert: int = 1
     sequence_parallel: bool = False
+    backend: str = "megatron"
     zero_stage: int = 0
+    offload_optimizer: str = "none"
+    nvme_path: str | None = None
     overlap: bool = False
     precision: str = "fp32"
     recompute: str = "none"
@@ -70,7 +73,7 @@ class Layout:
     @property
     def engine(self) -> EngineConfig:
         return EngineConfig(
-            backend="megatron",
+            backend=self.backend,  # type: ignore[arg-type]
             mesh=MeshConfig(
                 tensor=self.tensor,
                 context=self.context,
@@ -82,6 +85,8 @@ class Layout:
             precision=self.precision,  # type: ignore[arg-type]
             sequence_parallel=self.sequence_parallel,
             zero_stage=self.zero_stage,  # type: ignore[arg-type]
+            offload_optimizer=self.offload_optimizer,  # type: ignore[arg-type]
+            nvme_path=self.nvme_path,
             overlap=self.overlap,
             recompute=self.recompute,  # type: ignore[arg-type]
         )
