@@ -122,7 +122,8 @@ def task_of(config: RunConfig, name: str, gpu: Gpu) -> Task:
         global_batch=layout.global_batch,
         sequence=layout.sequence,
         precisions=(layout.precision,),
-        engines=((layout.stack, "zero1"),),
+        engines=((layout.stack, layout.sharding if layout.sharding != "none" else "zero1"),),
+        offload=layout.offload,
         recompute=("none", "mlp", "full"),
     )
 

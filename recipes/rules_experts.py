@@ -7,8 +7,8 @@ from math import gcd
 
 from conf.errors import Problem
 from conf.schema import RunConfig
-from recipes.machine import Machine
 from parallel.plan.divides import divisors
+from recipes.machine import Machine
 from recipes.rules_layout import mesh_of, nearest_multiples
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from conf.schema import EngineConfig, TrainingConfig
-from parallel.plan.layout import OURS, Layout, Sharding
+from parallel.plan.layout import OURS, OURS_ON_DEEPSPEED, Layout, Sharding
 
 SHARDING: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3")
 """By `engine.zero_stage`."""
+STACKS = {"megatron": OURS, "deepspeed": OURS_ON_DEEPSPEED}
+"""By `engine.backend`."""
 
 
 def layout_of(engine: EngineConfig, training: TrainingConfig, *, data: int) -> Layout:
@@ -26,5 +28,6 @@ def layout_of(engine: EngineConfig, training: TrainingConfig, *, data: int) -> L
         recompute="mlp" if engine.recompute == "selective" else engine.recompute,
         sharding=SHARDING[engine.zero_stage],
         sequence_parallel=engine.sequence_parallel,
-        stack=OURS,
+        stack=STACKS[engine.backend],
+        offload=engine.offload_optimizer != "none",
     )

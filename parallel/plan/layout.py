@@ -66,7 +66,9 @@ OURS = replace(
     logit_bytes=10,  # bf16 logits, their fp32 form, and the difference from the largest
     keeps_projection=True,
 )
-"""The engine of this project; `bench/memory.py` measures what it keeps."""
+"""The Megatron engine of this project; `bench/memory.py` measures what it keeps."""
+OURS_ON_DEEPSPEED = replace(OURS, name="frontier on deepspeed", interleaves=False)
+"""The same modules driven by DeepSpeed, gradients accumulated in fp32."""
 TORCHTITAN = Stack(
     name="fsdp2",
     fused=True,

@@ -31,6 +31,7 @@ class Task:
     sequence: int
     precisions: tuple[Precision, ...] = ("bf16",)
     engines: tuple[tuple[Stack, Sharding], ...] = ((MEGATRON, "zero1"),)
+    offload: bool = False
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     recompute: tuple[Recompute, ...] = ("none", "full")
     """Selective recomputation is left out: with fused attention there is nothing of it to recompute in Megatron."""
@@ -179,6 +180,7 @@ def _meshes(task: Task) -> Iterator[Layout]:
                         sequence=task.sequence,
                         stack=stack,
                         sharding=sharding,
+                        offload=task.offload,
                         sequence_parallel=tensor > 1,
                     )
 
