@@ -47,7 +47,7 @@ def test_foundation_is_as_fast_as_the_public_row_of_its_layout():
     assert stage.step.tokens_per_s_per_gpu == pytest.approx(1117, rel=0.05)
 
 
-@pytest.mark.parametrize("cluster", ["h100_ray", "a100_ray", "aws_p5", "aws_p5en"])
+@pytest.mark.parametrize("cluster", ["h200_slurm", "h100_ray", "a100_ray", "aws_p5", "aws_p5en"])
 def test_every_cluster_has_a_plan_with_a_price(cluster):
     made = plan(resolved("recipe=business_module", f"cluster={cluster}"))
     hours = made.seconds / 3600 * made.num_gpus
