@@ -24,6 +24,7 @@ from rich.console import Console
 from conf import load
 from conf.schema import ClusterConfig, RunConfig
 from data.prepare import prepared
+from data.tiers import check_tiers
 from data.tokenizer import tokenizer_file
 from recipes import check
 from recipes.machine import Machine, find_machine
@@ -259,6 +260,7 @@ def prepare_sources(config: RunConfig) -> Datasets:
     Raises:
         DataError: a source cannot be read or does not fit the tokenizer.
     """
+    check_tiers(config.data.tiers)
     paths = {name: prepared(source, config.data).path for name, source in config.data.sources.items()}
     # Ranks may have another working directory.
     return {name: path if "://" in path else str(Path(path).resolve()) for name, path in paths.items()}
