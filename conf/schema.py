@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 Scale = Literal["rehearsal", "full"]
-Action = Literal["run", "check", "dry_run"]
+Action = Literal["run", "check", "plan", "dry_run"]
 Launcher = Literal["gang", "ray_train"]
 Precision = Literal["fp32", "bf16"]
 
@@ -366,6 +366,29 @@ class DataConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HardwareConfig(Strict):
+    """What a cluster is made of and costs; facts of the GPU itself are in `parallel/plan/hardware.py`."""
+
+    gpu: str
+    gpus_per_node: PositiveInt
+    node_link_gb_per_s: PositiveFloat
+    """Of a GPU to the others of its node, one direction: NVLink, or PCIe."""
+    network_gb_per_s: PositiveFloat
+    """Of a GPU to other nodes, one direction: its share of the node's network cards."""
+    storage_gb_per_s: PositiveFloat
+    """That a node writes to the shared disk."""
+    node_watts: NonNegativeFloat
+    """Of a node without its GPUs, under load: processors, memory, fans, network cards, its share of the switches."""
+    pue: Annotated[float, Field(ge=1, le=3)]
+    """Power of the whole building over that of the machines."""
+    dollars_per_gpu_hour: NonNegativeFloat
+    gpu_days_per_failure: PositiveFloat
+    """GPUs times days between two interruptions that nobody planned."""
+    restart_minutes: NonNegativeFloat
+    """From an interruption to the next step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ContainerConfig(Strict):
     """The image everything of a job runs in, on every node."""
 
@@ -446,6 +469,8 @@ class ClusterConfig(Strict):
     """Ray node labels every node of the gang must carry, e.g. its InfiniBand domain."""
     slurm: SlurmConfig | None = None
     """Where kind is slurm."""
+    hardware: HardwareConfig | None = None
+    """Null: not known, as on this machine; there is no plan then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

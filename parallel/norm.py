@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from parallel.device import this_device
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """Normalisation by the root mean square over the last dim, computed in float32.
@@ -14,6 +16,6 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, device=this_device(), dtype=config.params_dtype)
         # Each tensor rank sees only its part of the sequence: Megatron sums the gradients of parameters marked so.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
