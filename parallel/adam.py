@@ -48,10 +48,20 @@ def set_num_steps(adam: torch.optim.AdamW, num_steps: int) -> None:
         adam.state[parameter]["step"].fill_(num_steps)
 
 
-def set_learning_rate(adam: torch.optim.AdamW, learning_rate: float) -> None:
-    """Set the learning rate of the next step."""
+def prepare_step(adam: torch.optim.AdamW, *, divisor: Tensor, skip: Tensor, learning_rate: float) -> None:
+    """Say what the next step does.
+
+    Args:
+        adam: the optimizer.
+        divisor: what the gradients are divided by, float32, shape ().
+        skip: 1.0 to change nothing (no moment, no count of steps), else 0.0; float32, shape ().
+        learning_rate: of the step.
+    """
     for group in adam.param_groups:
         group["lr"] = learning_rate
+    # What torch's gradient scaler sets: the fused kernel reads both from the device.
+    adam.grad_scale = divisor  # type: ignore[attr-defined]
+    adam.found_inf = skip  # type: ignore[attr-defined]
 
 
 def parameters_of(adam: torch.optim.AdamW) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.engine import LossSums
+from parallel.engine import LossSums, Tokenwise
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,7 +24,7 @@ LOGIT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class CrossEntropy:
+class CrossEntropy(Tokenwise):
     """Cross-entropy of the labels, plus `z_loss` times the squared log-partition, which keeps logits from drifting.
 
     Implements `Objective`. Reports `accuracy`, and `z_loss` (the term itself, in nats) where it is used.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,14 +20,18 @@ from conf.schema import EngineConfig, ModelConfig, OptimConfig
 from data.batch import Batch
 from parallel import device, weight_names
 from parallel.boxes import Box, share_of_replica
+from parallel.compilation import compile_layers, gather_whole_layers
 from parallel.cpu import adapt_megatron, tensors_as_on_cuda
 from parallel.engine import LossSums, Objective, Piece, RowScores, StepResult, TensorSource
 from parallel.groups import megatron_coordinate
+from parallel.head import keep_hidden, loss_of_hidden, score_rows
 from parallel.inputs import Inputs, inputs_of_rank
-from parallel.loss import score_tokens
+from parallel.linear import SCALING, use_own_products
+from parallel.memory_errors import naming_memory_errors
 from parallel.mesh import Mesh
 from parallel.model import build_chunks, first_layer_of
 from parallel.optimizer import OptimizerShard, ShardedAdam
+from parallel.outcome import Outcome, begin_reading, result_of
 from parallel.state import pieces_of, read_range
 
 MASTER = "master/"
@@ -57,13 +60,23 @@ class MegatronEngine:
         with tensors_as_on_cuda():
             self._chunks = build_chunks(model, engine, mesh)
         self._parameters = dict(self._named_boxes(model))
+        if self._is_last:
+            keep_hidden(self._chunks[-1])
         self._models: list[Any] = self._chunks
+        if engine.compile:
+            compile_layers(self._chunks)
         self._adam: ShardedAdam | None = None
+        self._accumulating: list[Any] = []
+        """Weights whose gradients are added to `main_grad` where they are computed, not by Megatron's hooks."""
         if optim is None:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
         else:
             self._models = self._wrap_chunks()
+            self._accumulating = self._accumulate_in_products()
+            if engine.compile:
+                for wrapped in self._models:
+                    gather_whole_layers(wrapped)
             self._adam = ShardedAdam(self._models, engine, optim)
 
     def _named_boxes(self, model: ModelConfig) -> Iterator[tuple[Tensor, tuple[Box, ...]]]:
@@ -103,16 +116,38 @@ class MegatronEngine:
             config.no_sync_func = no_sync if len(models) > 1 else no_sync[0]
         return models
 
+    def _accumulate_in_products(self) -> list[Any]:
+        weights: list[Any] = use_own_products(self._chunks, SCALING.get(self._engine.precision))
+        if self._is_last:
+            # Of tied weights the embedding gives a gradient by itself, which the hooks must add.
+            chunk = self._chunks[-1]
+            is_tied = chunk.pre_process and chunk.share_embeddings_and_output_weights
+            weights += [] if is_tied else [self._head_weight()]
+        return weights
+
     def step(
         self, micro_batches: Sequence[Batch], objective: Objective, *, learning_rate: float, stop: bool = False
     ) -> StepResult:
         """See `Engine.step`."""
         assert self._adam is not None and self._optim is not None, "an engine without optim only scores"
-        for model in self._models:
-            model.zero_grad_buffer()
-        self._adam.zero_gradients()
-        sums: list[LossSums] = self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
         names = objective.metric_names
+        with naming_memory_errors("the forward and backward pass"):
+            for model in self._models:
+                model.zero_grad_buffer()
+            for weight in self._accumulating:
+                weight.grad_added_to_main_grad = True
+            self._adam.zero_gradients()
+            sums: list[LossSums] = self._run(micro_batches, partial(self._training_loss, objective))
+        with naming_memory_errors("the gradient norm"):
+            outcome = Outcome.of(self._sum_over_world(sums, names, stop), clip_grad_norm=self._optim.clip_grad_norm)
+            read = begin_reading(outcome.report)
+        with naming_memory_errors("the optimizer's update"):
+            self._adam.step(outcome, learning_rate=learning_rate)
+        return result_of(read(), names)
+
+    def _sum_over_world(self, sums: Sequence[LossSums], names: Sequence[str], stop: bool) -> Tensor:
+        """What `Outcome.of` wants, on the device; nothing here waits for it."""
+        assert self._adam is not None
         total = torch.zeros(4 + len(names), dtype=torch.float64, device=self._device)
         squares = self._adam.gather_gradients()
         if self._adam.distributed or self._replica == 0:
@@ -123,21 +158,7 @@ class MegatronEngine:
                 values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
                 total[2:] += torch.stack([value.double() for value in values])
         dist.all_reduce(total)
-        squared_norm, asked_to_stop, loss, num_tokens, *metrics = total.tolist()
-        if num_tokens == 0:
-            raise ValueError("the global batch has no counted token")
-        result = StepResult(
-            loss=loss / num_tokens,
-            grad_norm=squared_norm**0.5 / num_tokens,
-            num_tokens=round(num_tokens),
-            metrics={name: value / num_tokens for name, value in zip(names, metrics, strict=True)},
-            stop=asked_to_stop > 0,
-        )
-        _check_finite(result)
-        limit = self._optim.clip_grad_norm
-        clip = min(1.0, limit / (result.grad_norm + 1e-6)) if limit > 0 else 1.0
-        self._adam.step(gradient_scale=clip / num_tokens, learning_rate=learning_rate)
-        return result
+        return total
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Batch]) -> RowScores:
@@ -148,7 +169,7 @@ class MegatronEngine:
         virtual = self._engine.mesh.virtual_pipeline > 1
         padding = -len(micro_batches) % self.mesh.pipeline if virtual else 0
         padded = [*micro_batches, *list(micro_batches[-1:]) * padding]
-        rows: list[Tensor] = self._run(padded, partial(_row_scores, self._tensor_group), forward_only=True)
+        rows: list[Tensor] = self._run(padded, self._row_scores, forward_only=True)
         for model in self._models:
             model.train()
 
@@ -197,6 +218,22 @@ class MegatronEngine:
         )
         return outputs
 
+    def _training_loss(
+        self, objective: Objective, inputs: Inputs, hidden_BSD: Tensor
+    ) -> tuple[Tensor, Tensor, LossSums]:
+        sums = loss_of_hidden(objective, hidden_BSD, self._head_weight(), inputs, self._tensor_group)
+        # Pipeline schedules free the loss they are given; what is reported must have its own hold of the value.
+        return sums.loss, sums.num_tokens.int(), replace(sums, loss=sums.loss.detach())
+
+    def _row_scores(self, inputs: Inputs, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows_B3 = score_rows(hidden_BSD, self._head_weight(), inputs, self._tensor_group)
+        return rows_B3[:, 0].sum().float(), rows_B3[:, 2].sum().int(), rows_B3
+
+    def _head_weight(self) -> Tensor:
+        chunk = self._chunks[-1]
+        is_tied = chunk.share_embeddings_and_output_weights
+        return cast(Tensor, chunk.shared_embedding_or_output_weight() if is_tied else chunk.output_layer.weight)
+
     def _check_shapes(self, micro_batches: Sequence[Batch]) -> None:
         shapes = {batch.tokens_BS.shape for batch in micro_batches}
         if len(shapes) != 1:
@@ -226,7 +263,7 @@ class MegatronEngine:
     @torch.no_grad()
     def load_weights(self, source: TensorSource) -> None:
         """See `Engine.load_weights`."""
-        apart = self._adam is not None and self._engine.precision == "bf16"
+        apart = self._adam is not None and self._engine.weight_precision == "bf16"
         shards = {shard.parameter: shard for shard in self._shards()} if apart else {}
         for parameter, boxes in self._parameters.items():
             values = read_range(source, boxes, 0, parameter.numel())
@@ -261,7 +298,7 @@ class MegatronEngine:
     def _state_of(self, shard: OptimizerShard) -> list[tuple[str, Tensor]]:
         """What a resume needs of a shard besides the weights, by prefix of its canonical name."""
         state = [(f"{name}/", moment) for name, moment in shard.moments.items()]
-        return [*state, (MASTER, shard.main)] if self._engine.precision == "bf16" else state
+        return [*state, (MASTER, shard.main)] if self._engine.weight_precision == "bf16" else state
 
     def _shards(self) -> list[OptimizerShard]:
         return [] if self._adam is None else list(self._adam.shards())
@@ -287,7 +324,7 @@ class MegatronEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._adam = None
-        self._models, self._chunks, self._parameters = [], [], {}
+        self._models, self._chunks, self._parameters, self._accumulating = [], [], {}, []
         RotaryEmbedding.forward.cache_clear()  # keeps the last models' rotary modules alive
         gc.collect()  # hooks and parameters refer to each other
         if self._device.type == "cuda":
@@ -297,29 +334,3 @@ class MegatronEngine:
 def _reduce_gradients(models: Sequence[Any], num_tokens: Tensor | None, **options: Any) -> None:
     # Without the count: the engine divides by the global count when it has it, in one pass with clipping.
     finalize_model_grads(models, None, **options)
-
-
-def _training_loss(
-    objective: Objective, group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor
-) -> tuple[Tensor, Tensor, LossSums]:
-    sums = objective(logits_BSV, inputs.labels_BS, inputs.loss_mask_BS, group)
-    # Pipeline schedules free the loss they are given; what is reported must have its own hold of the value.
-    return sums.loss, sums.num_tokens.int(), replace(sums, loss=sums.loss.detach())
-
-
-def _row_scores(group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = score_tokens(logits_BSV, inputs.labels_BS, group)
-    mask_BS = inputs.loss_mask_BS.double()
-    rows_B3 = torch.stack(
-        [(values * mask_BS).sum(dim=1) for values in (tokens.loss_BS, tokens.correct_BS, torch.ones_like(mask_BS))],
-        dim=1,
-    )
-    return tokens.loss_BS.sum(), mask_BS.sum().int(), rows_B3
-
-
-def _check_finite(result: StepResult) -> None:
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise FloatingPointError(
-            f"loss {result.loss}, gradient norm {result.grad_norm} over {result.num_tokens} tokens: not finite; "
-            "the step was not taken"
-        )

@@ -20,6 +20,7 @@ from torch import Tensor
 from conf.schema import EngineConfig, OptimConfig
 from parallel import adam
 from parallel.cpu import tensors_as_on_cuda
+from parallel.outcome import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ class ShardedAdam:
         config = OptimizerConfig(
             optimizer="adam",
             lr=optim.learning_rate,
-            bf16=engine.precision == "bf16",
-            params_dtype=torch.bfloat16 if engine.precision == "bf16" else torch.float32,
+            bf16=engine.weight_precision == "bf16",
+            params_dtype=torch.bfloat16 if engine.weight_precision == "bf16" else torch.float32,
             use_distributed_optimizer=engine.distributed_optimizer,
             overlap_param_gather=engine.distributed_optimizer and engine.overlap,
         )
@@ -117,11 +118,12 @@ class ShardedAdam:
             return torch.zeros((), dtype=torch.float64)
         return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
-    def step(self, *, gradient_scale: float, learning_rate: float) -> None:
-        """Multiply the gradients, update, and bring the model's parameters up to date."""
-        gradients = [main.grad for main in adam.parameters_of(self.adam) if main.grad is not None]
-        torch._foreach_mul_(gradients, gradient_scale)
-        adam.set_learning_rate(self.adam, learning_rate)
+    def step(self, outcome: Outcome, *, learning_rate: float) -> None:
+        """Divide the gradients and update, or leave everything as it is, and bring the model's parameters up to date.
+
+        The kernel itself reads the divisor and whether to skip from the device.
+        """
+        adam.prepare_step(self.adam, divisor=outcome.divisor, skip=outcome.skip, learning_rate=learning_rate)
         self.wrapper.step_with_ready_grads()
 
     def set_num_steps(self, num_steps: int) -> None:

@@ -45,17 +45,17 @@ def state_bytes(config: RunConfig) -> int:
     # The first pipeline rank holds the embedding and the last the output head; one rank of one holds both.
     ends = embedding * (2 if mesh.pipeline == 1 and not model.tied_embeddings else 1)
     parameters = (layers // mesh.pipeline + ends) // mesh.tensor
-    weights = 2 if engine.precision == "bf16" else 4
+    weights = 2 if engine.weight_precision == "bf16" else 4
     if not trainings_of(config):
         return parameters * weights
-    gradients, adam = 4, 12 if engine.precision == "bf16" else 8
+    gradients, adam = 4, 12 if engine.weight_precision == "bf16" else 8
     shards = mesh.data * mesh.context if engine.distributed_optimizer else 1
     return parameters * (weights + gradients) + parameters * adam // shards
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """About what one checkpoint takes on disk: weights, master weights and Adam's two moments."""
-    return config.model.num_parameters * ((2 if config.engine.precision == "bf16" else 4) + 12)
+    return config.model.num_parameters * ((2 if config.engine.weight_precision == "bf16" else 4) + 12)
 
 
 def ports_are_free(config: RunConfig, machine: Machine) -> Iterator[Problem]:
