@@ -86,11 +86,13 @@ def _forward(
         input = mappings.copy_to_tensor_model_parallel_region(input, group=tp_group)
     main_grad = weight.main_grad if weight.requires_grad else None  # type: ignore[attr-defined]
     if scaling is None:
-        return cast(Tensor, _Product.apply(input, weight, main_grad))  # type: ignore[no-untyped-call]
-    return cast(Tensor, _Fp8Product.apply(input, weight, main_grad, scaling))  # type: ignore[no-untyped-call]
+        return cast(Tensor, Product.apply(input, weight, main_grad))  # type: ignore[no-untyped-call]
+    return cast(Tensor, Fp8Product.apply(input, weight, main_grad, scaling))  # type: ignore[no-untyped-call]
 
 
-class _Product(torch.autograd.Function):
+class Product(torch.autograd.Function):
+    """`inputs @ weight_NK.t()`; the weight's gradient is added to `main_grad_NK`, and what is returned for it is void."""
+
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight_NK)
@@ -106,7 +108,7 @@ class _Product(torch.autograd.Function):
         return gradient @ weight_NK, torch.empty_like(weight_NK), None
 
 
-class _Fp8Product(torch.autograd.Function):
+class Fp8Product(torch.autograd.Function):
     """All three products in fp8 with scales from the tensors themselves; e5m2 for tensorwise gradients, else e4m3.
 
     Tensorwise keeps the input as fp8 for the backward pass. Rowwise scales run along the summed dim, which is another

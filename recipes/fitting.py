@@ -103,14 +103,14 @@ def _layout(engine: EngineConfig, training: TrainingConfig) -> Layout:
 
 
 def _apply(changes: tuple[Change, ...], config: RunConfig, stage: str) -> tuple[str, RunConfig] | None:
-    texts = []
+    overrides: dict[str, str] = {}
     for change in changes:
         changed = change(config, stage)
         if changed is None:
             return None
         text, config = changed
-        texts.append(text)
-    return " ".join(texts), config
+        overrides |= dict(word.split("=") for word in text.split())
+    return " ".join(f"{key}={value}" for key, value in overrides.items()), config
 
 
 def _faults(config: RunConfig) -> Iterator[object]:
@@ -148,7 +148,11 @@ def _recompute(config: RunConfig, stage: str) -> tuple[str, RunConfig] | None:
 
 
 def _more_tensor_ranks(config: RunConfig, stage: str) -> tuple[str, RunConfig] | None:
-    return _from_data_ranks(config, "tensor", sequence_parallel=True)
+    changed = _from_data_ranks(config, "tensor")
+    if changed is None or config.engine.sequence_parallel:
+        return changed
+    text, config = changed
+    return f"{text} engine.sequence_parallel=true", _with_engine(config, sequence_parallel=True)
 
 
 def _more_pipeline_ranks(config: RunConfig, stage: str) -> tuple[str, RunConfig] | None:
@@ -159,20 +163,15 @@ def _more_context_ranks(config: RunConfig, stage: str) -> tuple[str, RunConfig] 
     return _from_data_ranks(config, "context")
 
 
-def _from_data_ranks(config: RunConfig, axis: str, **engine: object) -> tuple[str, RunConfig] | None:
+def _from_data_ranks(config: RunConfig, axis: str) -> tuple[str, RunConfig] | None:
     mesh = config.engine.mesh
     assert mesh.data is not None, "the mesh is resolved before launch"
     if mesh.data % 2:
         return None
     size = 2 * getattr(mesh, axis)
     changed = replace(mesh, **{axis: size, "data": mesh.data // 2})  # type: ignore[arg-type]
-    text = " ".join(
-        [
-            f"engine.mesh.{axis}={size} engine.mesh.data={mesh.data // 2}",
-            *(f"engine.{name}={str(value).lower()}" for name, value in engine.items()),
-        ]
-    )
-    return text, _with_engine(config, mesh=changed, **engine)
+    text = f"engine.mesh.{axis}={size} engine.mesh.data={mesh.data // 2}"
+    return text, _with_engine(config, mesh=changed)
 
 
 def _with_engine(config: RunConfig, **changes: object) -> RunConfig:
