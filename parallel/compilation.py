@@ -10,12 +10,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 
 def compile_layers(chunks: Iterable[Any]) -> None:
     """Compile the transformer layers of GPTModels at their first call; names of parameters do not change."""
     for chunk in chunks:
         for layer in chunk.decoder.layers:
+            if isinstance(layer.mlp, MoELayer):
+                # How many tokens go to an expert is known only when they do.
+                layer.mlp.forward = torch.compiler.disable(layer.mlp.forward)
             layer.forward = torch.compile(layer.forward)
 
 

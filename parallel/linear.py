@@ -67,7 +67,7 @@ class _Epilogue:
     wgrad_gemm_accum_fp32 = staticmethod(accumulate_product)
 
 
-def _forward(
+def _forward(  # noqa: PLR0913 (Megatron calls it with these)
     scaling: Scaling | None,
     input: Tensor,
     weight: Tensor,
@@ -85,14 +85,20 @@ def _forward(
     elif allreduce_dgrad:
         input = mappings.copy_to_tensor_model_parallel_region(input, group=tp_group)
     main_grad = weight.main_grad if weight.requires_grad else None  # type: ignore[attr-defined]
-    if scaling is None:
-        return cast(Tensor, Product.apply(input, weight, main_grad))  # type: ignore[no-untyped-call]
-    return cast(Tensor, Fp8Product.apply(input, weight, main_grad, scaling))  # type: ignore[no-untyped-call]
+    return product(input, weight, main_grad) if scaling is None else fp8_product(input, weight, main_grad, scaling)
 
 
-class Product(torch.autograd.Function):
-    """`inputs @ weight_NK.t()`; the weight's gradient is added to `main_grad_NK`, and what is returned for it is void."""
+def product(inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None) -> Tensor:
+    """`inputs @ weight_NK.t()`; its weight gradient is added to `main_grad_NK`, and that of autograd is void."""
+    return cast(Tensor, _Product.apply(inputs, weight_NK, main_grad_NK))  # type: ignore[no-untyped-call]
 
+
+def fp8_product(inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None, scaling: Scaling) -> Tensor:
+    """`product` with all three products in fp8, scaled by the tensors themselves. All sizes are multiples of 16."""
+    return cast(Tensor, _Fp8Product.apply(inputs, weight_NK, main_grad_NK, scaling))  # type: ignore[no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight_NK)
@@ -108,23 +114,26 @@ class Product(torch.autograd.Function):
         return gradient @ weight_NK, torch.empty_like(weight_NK), None
 
 
-class Fp8Product(torch.autograd.Function):
-    """All three products in fp8 with scales from the tensors themselves; e5m2 for tensorwise gradients, else e4m3.
+class _Fp8Product(torch.autograd.Function):
+    """Gradients are e5m2 where scales are tensorwise; all else is e4m3.
 
     Tensorwise keeps the input as fp8 for the backward pass. Rowwise scales run along the summed dim, which is another
     one in the backward pass, so it keeps the input as it came.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None, scaling: Scaling
-    ) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None, scaling: Scaling) -> Tensor:
         dim = 1 if scaling == "rowwise" else None
         inputs_MK = inputs.flatten(0, -2)
         left_MK, left_scale = quantise(inputs_MK, dim)
         right_NK, right_scale = quantise(weight_NK, dim)
         output_MN = torch._scaled_mm(
-            left_MK, right_NK.t(), left_scale, right_scale.view(1, -1) if dim else right_scale, out_dtype=inputs.dtype, use_fast_accum=True
+            left_MK,
+            right_NK.t(),
+            left_scale,
+            right_scale.view(1, -1) if dim else right_scale,
+            out_dtype=inputs.dtype,
+            use_fast_accum=True,
         )
         kept = (left_MK, left_scale) if dim is None else (inputs_MK, left_scale)
         ctx.save_for_backward(*kept, weight_NK)

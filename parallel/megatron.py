@@ -19,10 +19,11 @@ from torch import Tensor
 from conf.schema import EngineConfig, ModelConfig, OptimConfig
 from data.batch import Batch
 from parallel import device, weight_names
-from parallel.boxes import Box, share_of_replica
+from parallel.boxes import Box
 from parallel.compilation import compile_layers, gather_whole_layers
 from parallel.cpu import adapt_megatron, tensors_as_on_cuda
 from parallel.engine import LossSums, Objective, Piece, RowScores, StepResult, TensorSource
+from parallel.experts import METRICS, RouterTotals, routers_of
 from parallel.groups import megatron_coordinate
 from parallel.head import keep_hidden, loss_of_hidden, score_rows
 from parallel.inputs import Inputs, inputs_of_rank
@@ -30,7 +31,7 @@ from parallel.linear import SCALING, use_own_products
 from parallel.memory_errors import naming_memory_errors
 from parallel.mesh import Mesh
 from parallel.model import build_chunks, first_layer_of
-from parallel.optimizer import OptimizerShard, ShardedAdam
+from parallel.optimizer import OptimizerShard, ShardedAdam, families_of
 from parallel.outcome import Outcome, begin_reading, result_of
 from parallel.state import pieces_of, read_range
 
@@ -62,10 +63,17 @@ class MegatronEngine:
         self._parameters = dict(self._named_boxes(model))
         if self._is_last:
             keep_hidden(self._chunks[-1])
-        self._models: list[Any] = self._chunks
+        self._families = families_of(parameter for chunk in self._chunks for parameter in chunk.parameters())
+        self._num_layers = model.num_layers
+        self._routers = [router for chunk in self._chunks for router in routers_of(chunk)]
+        self._totals = RouterTotals(self._device) if model.experts else None
+        for router in self._routers:
+            assert self._totals is not None
+            router.totals = self._totals
         if engine.compile:
             compile_layers(self._chunks)
-        self._adam: ShardedAdam | None = None
+        self._models: list[Any] = self._chunks
+        self._adams: list[ShardedAdam] = []
         self._accumulating: list[Any] = []
         """Weights whose gradients are added to `main_grad` where they are computed, not by Megatron's hooks."""
         if optim is None:
@@ -77,7 +85,7 @@ class MegatronEngine:
             if engine.compile:
                 for wrapped in self._models:
                     gather_whole_layers(wrapped)
-            self._adam = ShardedAdam(self._models, engine, optim)
+            self._adams = [ShardedAdam(self._models, family, engine, optim) for family in self._families]
 
     def _named_boxes(self, model: ModelConfig) -> Iterator[tuple[Tensor, tuple[Box, ...]]]:
         for chunk in self._chunks:
@@ -88,6 +96,9 @@ class MegatronEngine:
                     first_layer=first_layer_of(chunk),
                     tensor_rank=self.coordinate.tensor,
                     tensor_size=self.mesh.tensor,
+                    experts=weight_names.experts_of_rank(
+                        model, self.mesh.expert_rank(self.coordinate), self.mesh.expert
+                    ),
                 )
                 assert sum(box.num_elements for box in boxes) == parameter.numel(), name
                 # Megatron marks what is sliced over tensor ranks only where it initialises weights itself; unmarked
@@ -102,8 +113,8 @@ class MegatronEngine:
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=engine.overlap,
-            overlap_param_gather=engine.overlap and engine.distributed_optimizer,
-            use_distributed_optimizer=engine.distributed_optimizer,
+            overlap_param_gather=engine.overlap and engine.zero_stage == 1,
+            use_distributed_optimizer=engine.zero_stage == 1,
             bucket_size=min(LARGEST_BUCKET, -(-num_elements // BUCKETS_TO_OVERLAP)),
         )
         models = [
@@ -129,36 +140,52 @@ class MegatronEngine:
         self, micro_batches: Sequence[Batch], objective: Objective, *, learning_rate: float, stop: bool = False
     ) -> StepResult:
         """See `Engine.step`."""
-        assert self._adam is not None and self._optim is not None, "an engine without optim only scores"
+        assert self._optim is not None, "an engine without optim only scores"
         names = objective.metric_names
         with naming_memory_errors("the forward and backward pass"):
             for model in self._models:
                 model.zero_grad_buffer()
             for weight in self._accumulating:
                 weight.grad_added_to_main_grad = True
-            self._adam.zero_gradients()
+            for adam in self._adams:
+                adam.zero_gradients()
+            self._weigh_router_losses(micro_batches)
             sums: list[LossSums] = self._run(micro_batches, partial(self._training_loss, objective))
         with naming_memory_errors("the gradient norm"):
-            outcome = Outcome.of(self._sum_over_world(sums, names, stop), clip_grad_norm=self._optim.clip_grad_norm)
+            total = self._sum_over_world(sums, names, stop)
+            router_means = total[4 + len(names) :] / (len(micro_batches) * self.mesh.data * self._num_layers)
+            outcome = Outcome.of(
+                total[: 4 + len(names)], further=router_means, clip_grad_norm=self._optim.clip_grad_norm
+            )
             read = begin_reading(outcome.report)
         with naming_memory_errors("the optimizer's update"):
-            self._adam.step(outcome, learning_rate=learning_rate)
-        return result_of(read(), names)
+            for adam in self._adams:
+                adam.step(outcome, learning_rate=learning_rate)
+        return result_of(read(), names if self._totals is None else (*names, *METRICS))
 
     def _sum_over_world(self, sums: Sequence[LossSums], names: Sequence[str], stop: bool) -> Tensor:
-        """What `Outcome.of` wants, on the device; nothing here waits for it."""
-        assert self._adam is not None
-        total = torch.zeros(4 + len(names), dtype=torch.float64, device=self._device)
-        squares = self._adam.gather_gradients()
-        if self._adam.distributed or self._replica == 0:
-            total[0] = squares
+        """What `Outcome.of` wants, and the routers' sums where there are any; nothing here waits for the device."""
+        num_sums = 4 + len(names)
+        num_router_sums = 0 if self._totals is None else len(METRICS)
+        total = torch.zeros(num_sums + num_router_sums, dtype=torch.float64, device=self._device)
+        for adam in self._adams:
+            total[0] += adam.gather_gradients()
         total[1] = float(stop)
         if self._is_last and self.coordinate.tensor == 0:
             for part in sums:
                 values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
-                total[2:] += torch.stack([value.double() for value in values])
+                total[2:num_sums] += torch.stack([value.double() for value in values])
+        if self._totals is not None:
+            total[num_sums:] = self._totals.sums
         dist.all_reduce(total)
         return total
+
+    def _weigh_router_losses(self, micro_batches: Sequence[Batch]) -> None:
+        """Router losses are means over micro-batches, and gradients are divided by counted tokens: make up for it."""
+        if self._totals is not None:
+            counted = torch.tensor(float(sum(batch.loss_mask_BS.sum() for batch in micro_batches)), device=self._device)
+            dist.all_reduce(counted, group=parallel_state.get_data_parallel_group())
+            self._totals.begin_step(counted / (len(micro_batches) * self.mesh.data))
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Batch]) -> RowScores:
@@ -249,22 +276,23 @@ class MegatronEngine:
 
     def weights(self) -> Iterator[Piece]:
         """See `Engine.weights`."""
-        if self._adam is not None and self._adam.distributed and self._engine.overlap:
+        if self._adams and self._engine.zero_stage == 1 and self._engine.overlap:
             # The updated shards would be gathered only in the next forward pass.
             for model in self._models:
                 model.start_param_sync(force_sync=True)
         return self._weight_pieces()
 
     def _weight_pieces(self) -> Iterator[Piece]:
-        saved = [parameter for parameter in self._parameters if self._saves(parameter)]
-        for parameter, (start, stop) in zip(saved, self._share(saved), strict=True):
-            yield from pieces_of(parameter.detach().view(-1)[start:stop], self._parameters[parameter], start)
+        for family in self._families:
+            saved = [parameter for parameter in family.parameters if self._saves(parameter)]
+            for parameter, (start, stop) in zip(saved, family.share(saved), strict=True):
+                yield from pieces_of(parameter.detach().view(-1)[start:stop], self._parameters[parameter], start)
 
     @torch.no_grad()
     def load_weights(self, source: TensorSource) -> None:
         """See `Engine.load_weights`."""
-        apart = self._adam is not None and self._engine.weight_precision == "bf16"
-        shards = {shard.parameter: shard for shard in self._shards()} if apart else {}
+        apart = self._engine.weight_precision == "bf16"
+        shards = {shard.parameter: shard for adam in self._adams for shard in adam.shards()} if apart else {}
         for parameter, boxes in self._parameters.items():
             values = read_range(source, boxes, 0, parameter.numel())
             parameter.copy_(values.view_as(parameter))
@@ -274,48 +302,38 @@ class MegatronEngine:
 
     def optimizer_state(self) -> Iterator[Piece]:
         """See `Engine.optimizer_state`."""
-        assert self._adam is not None, "an engine without optim has no optimizer"
-        shards = [shard for shard in self._shards() if self._saves(shard.parameter)]
-        if self._adam.distributed:
-            ranges = [(0, shard.main.numel()) for shard in shards]
-        else:
-            ranges = self._share([shard.main for shard in shards])
-        for shard, (start, stop) in zip(shards, ranges, strict=True):
-            for prefix, values in self._state_of(shard):
-                part = values.detach().view(-1)[start:stop]
-                yield from pieces_of(part, self._parameters[shard.parameter], shard.start + start, prefix=prefix)
+        assert self._adams, "an engine without optim has no optimizer"
+        for adam in self._adams:
+            shards = [shard for shard in adam.shards() if self._saves(shard.parameter)]
+            if adam.distributed:
+                ranges = [(0, shard.main.numel()) for shard in shards]
+            else:
+                ranges = adam.family.share([shard.main for shard in shards])
+            for shard, (start, stop) in zip(shards, ranges, strict=True):
+                for prefix, values in self._state_of(shard):
+                    part = values.detach().view(-1)[start:stop]
+                    yield from pieces_of(part, self._parameters[shard.parameter], shard.start + start, prefix=prefix)
 
     @torch.no_grad()
     def load_optimizer_state(self, source: TensorSource, *, num_steps: int) -> None:
         """See `Engine.load_optimizer_state`."""
-        assert self._adam is not None, "an engine without optim has no optimizer"
-        for shard in self._shards():
-            for prefix, values in self._state_of(shard):
-                flat = read_range(source, self._parameters[shard.parameter], shard.start, shard.stop, prefix=prefix)
-                values.copy_(flat.view_as(values))
-        self._adam.set_num_steps(num_steps)
+        assert self._adams, "an engine without optim has no optimizer"
+        for adam in self._adams:
+            for shard in adam.shards():
+                for prefix, values in self._state_of(shard):
+                    flat = read_range(source, self._parameters[shard.parameter], shard.start, shard.stop, prefix=prefix)
+                    values.copy_(flat.view_as(values))
+            adam.set_num_steps(num_steps)
 
     def _state_of(self, shard: OptimizerShard) -> list[tuple[str, Tensor]]:
         """What a resume needs of a shard besides the weights, by prefix of its canonical name."""
         state = [(f"{name}/", moment) for name, moment in shard.moments.items()]
         return [*state, (MASTER, shard.main)] if self._engine.weight_precision == "bf16" else state
 
-    def _shards(self) -> list[OptimizerShard]:
-        return [] if self._adam is None else list(self._adam.shards())
-
     def _saves(self, parameter: Any) -> bool:
         """Whether this rank is among those that save a parameter which others hold as well."""
         is_tied_copy = getattr(parameter, "shared", False)
         return not is_tied_copy and (parameter.tensor_model_parallel or self.coordinate.tensor == 0)
-
-    def _share(self, tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-        sizes = [tensor.numel() for tensor in tensors]
-        return share_of_replica(sizes, self._replica, self.mesh.data * self.mesh.context)
-
-    @property
-    def _replica(self) -> int:
-        """Place among the ranks that hold the same weights: data and context ranks."""
-        return self.coordinate.data * self.mesh.context + self.coordinate.context
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
@@ -323,7 +341,7 @@ class MegatronEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._adam = None
+        self._adams, self._families, self._routers = [], [], []
         self._models, self._chunks, self._parameters, self._accumulating = [], [], {}, []
         RotaryEmbedding.forward.cache_clear()  # keeps the last models' rotary modules alive
         gc.collect()  # hooks and parameters refer to each other

@@ -95,7 +95,8 @@ def _layout(engine: EngineConfig, training: TrainingConfig) -> Layout:
         global_batch=training.global_batch,
         sequence=training.sequence_length,
         recompute=engine.recompute,
-        sharding="zero1" if engine.distributed_optimizer else "none",
+        expert=mesh.expert,
+        sharding="none" if engine.zero_stage == 0 else "zero1",
         sequence_parallel=engine.sequence_parallel,
         stack=replace(MEGATRON, state_bytes=8, optimizer_bytes=8) if single else MEGATRON,
         chunked_loss=True,
@@ -136,9 +137,9 @@ def _halve_micro_batch(config: RunConfig, stage: str) -> tuple[str, RunConfig] |
 
 
 def _shard_optimizer(config: RunConfig, stage: str) -> tuple[str, RunConfig] | None:
-    if config.engine.distributed_optimizer:
+    if config.engine.zero_stage:
         return None
-    return "engine.distributed_optimizer=true", _with_engine(config, distributed_optimizer=True)
+    return "engine.zero_stage=1", _with_engine(config, zero_stage=1)
 
 
 def _recompute(config: RunConfig, stage: str) -> tuple[str, RunConfig] | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from conf import load
 from conf.errors import CheckpointError, DataError, Problem
 from conf.faults import did_you_mean
-from conf.schema import MeshConfig, ModelConfig, RunConfig
+from conf.schema import ModelConfig, RunConfig
 from data.corpora import is_shipped, shipped
 from data.tokenizer import Tokenizer
 from recipes.machine import GIB, Machine, existing_parent
@@ -41,16 +41,23 @@ def state_bytes(config: RunConfig) -> int:
     """Least memory the fullest rank needs for weights, gradients and Adam; activations come on top."""
     model, engine, mesh = config.model, config.engine, mesh_of(config)
     embedding = model.vocab_size * model.hidden_size
-    layers = model.num_parameters - embedding * (1 if model.tied_embeddings else 2)
+    experts = model.num_expert_parameters
+    layers = model.num_parameters - experts - embedding * (1 if model.tied_embeddings else 2)
     # The first pipeline rank holds the embedding and the last the output head; one rank of one holds both.
     ends = embedding * (2 if mesh.pipeline == 1 and not model.tied_embeddings else 1)
-    parameters = (layers // mesh.pipeline + ends) // mesh.tensor
+    dense = (layers // mesh.pipeline + ends) // mesh.tensor
+    experts = experts // (mesh.pipeline * mesh.tensor * mesh.expert)
+    parameters = dense + experts
     weights = 2 if engine.weight_precision == "bf16" else 4
     if not trainings_of(config):
         return parameters * weights
     gradients, adam = 4, 12 if engine.weight_precision == "bf16" else 8
-    shards = mesh.data * mesh.context if engine.distributed_optimizer else 1
-    return parameters * (weights + gradients) + parameters * adam // shards
+    from_stage = ((1, adam), (2, gradients), (3, weights))
+
+    def held(parameters: int, replicas: int) -> int:
+        return sum(parameters * size // (replicas if engine.zero_stage >= stage else 1) for stage, size in from_stage)
+
+    return held(dense, mesh.num_replicas) + held(experts, mesh.num_expert_replicas)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -177,9 +184,9 @@ def _layout_that_fits(config: RunConfig, have: int) -> str:
     for tensor in divisors(math.gcd(MOST_TENSOR_RANKS, config.model.num_kv_heads)):
         for pipeline in divisors(config.model.num_layers):
             data, rest = divmod(world_size, tensor * pipeline * mesh.context)
-            if rest or not data:
+            if rest or not data or data * mesh.context % mesh.expert:
                 continue
-            other = MeshConfig(tensor=tensor, pipeline=pipeline, context=mesh.context, data=data, virtual_pipeline=1)
+            other = replace(mesh, tensor=tensor, pipeline=pipeline, data=data, virtual_pipeline=1)
             at = replace(config, engine=replace(config.engine, mesh=other))
             if (least := state_bytes(at)) <= have:
                 layout = f"engine.mesh.tensor={tensor} engine.mesh.pipeline={pipeline}"
@@ -328,6 +335,10 @@ def _differences(saved: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str,
         was, now = getattr(saved, field), getattr(wanted, field)
         if was != now:
             yield field, was, now
+    for field in ("num_experts", "num_experts_per_token"):
+        was, now = getattr(saved.experts, field, None), getattr(wanted.experts, field, None)
+        if was != now:
+            yield f"experts.{field}", was, now
 
 
 def _placeholder(path: str, value: str) -> Problem:

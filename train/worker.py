@@ -93,7 +93,13 @@ def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> Ran
             store = store or groups.join_store(place.master_address, place.master_port)
             groups.open_world(store, rank=place.rank, world_size=place.world_size)
         groups.enter_mesh(
-            Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor),
+            Mesh(
+                pipeline=mesh.pipeline,
+                data=mesh.data,
+                context=mesh.context,
+                tensor=mesh.tensor,
+                expert=mesh.expert,
+            ),
             virtual_pipeline=mesh.virtual_pipeline,
         )
         outcome = _entry(entry)(RankContext(place=place, config=config, run=run))

@@ -55,15 +55,17 @@ class Layout:
     pipeline: int = 1
     virtual_pipeline: int = 1
     data: int = 1
+    expert: int = 1
     sequence_parallel: bool = False
-    distributed_optimizer: bool = False
+    zero_stage: int = 0
     overlap: bool = False
     precision: str = "fp32"
     recompute: str = "none"
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(pipeline=self.pipeline, data=self.data, context=self.context, tensor=self.tensor)
+        axes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
+        return Mesh(**axes, expert=self.expert)
 
     @property
     def engine(self) -> EngineConfig:
@@ -75,10 +77,11 @@ class Layout:
                 pipeline=self.pipeline,
                 virtual_pipeline=self.virtual_pipeline,
                 data=self.data,
+                expert=self.expert,
             ),
             precision=self.precision,  # type: ignore[arg-type]
             sequence_parallel=self.sequence_parallel,
-            distributed_optimizer=self.distributed_optimizer,
+            zero_stage=self.zero_stage,  # type: ignore[arg-type]
             overlap=self.overlap,
             recompute=self.recompute,  # type: ignore[arg-type]
         )

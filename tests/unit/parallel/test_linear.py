@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.linear import Fp8Product, Product, accumulate_product, quantise
+from parallel.linear import accumulate_product, fp8_product, product, quantise
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,9 +25,9 @@ def gradients(inputs, weight, gradient):
 def test_weight_gradient_is_added_to_main_grad_in_every_pass(is_compiled):
     inputs, weight, gradient, main_grad = tensors()
     before = main_grad.clone()
-    product = torch.compile(Product.apply, fullgraph=True) if is_compiled else Product.apply
+    multiply = torch.compile(product, fullgraph=True) if is_compiled else product
     for _ in range(2):
-        product(inputs, weight, main_grad).backward(gradient)
+        multiply(inputs, weight, main_grad).backward(gradient)
     of_inputs, of_weight = gradients(inputs, weight, gradient)
     torch.testing.assert_close(inputs.grad.double(), 2 * of_inputs, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(main_grad.double(), before.double() + 2 * of_weight, atol=1e-4, rtol=1e-5)
@@ -50,7 +50,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 def test_fp8_products_are_near_the_exact_ones(scaling):
     inputs, weight, gradient, main_grad = tensors(torch.bfloat16)
     before = main_grad.double()
-    output = Fp8Product.apply(inputs, weight, main_grad, scaling)
+    output = fp8_product(inputs, weight, main_grad, scaling)
     output.backward(gradient)
     of_inputs, of_weight = gradients(inputs, weight, gradient)
     # e4m3 has 3 bits of mantissa and e5m2 2: errors of 3 and 6 % an element, less in a sum.

@@ -94,7 +94,9 @@ def test_no_float32_copy_of_all_logits_is_made(monkeypatch):
     monkeypatch.setattr(loss, "LOGIT_BYTES", 64 * 512 * 4)
     logits = torch.randn(1, 512, 512, dtype=torch.bfloat16, requires_grad=True)
     with LargestFloat() as largest:
-        CrossEntropy(z_loss=0.1)(logits, torch.zeros(1, 512, dtype=torch.int64), torch.ones(1, 512), None).loss.backward()
+        CrossEntropy(z_loss=0.1)(
+            logits, torch.zeros(1, 512, dtype=torch.int64), torch.ones(1, 512), None
+        ).loss.backward()
     assert 0 < largest.num_bytes <= 64 * 512 * 4
 
 
