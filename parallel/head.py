@@ -53,7 +53,7 @@ def loss_of_hidden(
 def score_rows(hidden_BSD: Tensor, weight_VD: Tensor, inputs: Inputs, group: dist.ProcessGroup) -> Tensor:
     """Sums over counted tokens of loss, of correct predictions and of ones, float64, shape (B, 3)."""
     rows_B3 = hidden_BSD.new_zeros(hidden_BSD.size(0), 3, dtype=torch.float64)
-    for part in parts_of_tokens(*hidden_BSD.shape[:2], weight_VD.size(0)):
+    for part in parts_of_tokens(hidden_BSD.size(0), hidden_BSD.size(1), weight_VD.size(0)):
         tokens = score_tokens(hidden_BSD[:, part] @ weight_VD.t(), inputs.labels_BS[:, part], group)
         mask_BS = inputs.loss_mask_BS[:, part].double()
         columns = (tokens.loss_BS, tokens.correct_BS, torch.ones_like(mask_BS))

@@ -56,7 +56,7 @@ def accumulate_product(inputs_MK: Tensor, gradient_MN: Tensor, main_grad_NK: Ten
     if inputs_MK.dtype == main_grad_NK.dtype:
         main_grad_NK.addmm_(gradient_MN.t(), inputs_MK)
     elif inputs_MK.is_cuda:
-        torch.addmm(main_grad_NK, gradient_MN.t(), inputs_MK, out_dtype=main_grad_NK.dtype, out=main_grad_NK)  # type: ignore[call-overload]
+        torch.addmm(main_grad_NK, gradient_MN.t(), inputs_MK, out_dtype=main_grad_NK.dtype, out=main_grad_NK)
     else:
         main_grad_NK.add_(gradient_MN.t() @ inputs_MK)
 
@@ -174,7 +174,7 @@ def quantise(tensor: Tensor, dim: int | None, dtype: torch.dtype = torch.float8_
 
 def _like(matrix: Tensor, other: Tensor) -> Tensor:
     # As torch's own product does: Megatron copies what is a view of another tensor.
-    return torch.ops.aten._unsafe_view(matrix, [*other.shape[:-1], matrix.size(-1)])
+    return cast(Tensor, torch.ops.aten._unsafe_view(matrix, [*other.shape[:-1], matrix.size(-1)]))
 
 
 def _column_major(matrix: Tensor) -> Tensor:

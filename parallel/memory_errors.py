@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import torch
 
 from parallel.device import peak_memory_bytes
@@ -62,5 +62,5 @@ def _memory_of_device() -> tuple[str, int]:
             f"{peak_memory_bytes() / GIB:.1f} GiB allocated at most"
         )
         return held, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    resident = psutil.Process().memory_info().rss
-    return f"{resident / GIB:.1f} GiB resident in this process", psutil.virtual_memory().total
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{peak_memory_bytes() / GIB:.1f} GiB resident in this process at most", total

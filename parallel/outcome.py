@@ -57,15 +57,15 @@ class Outcome:
 def begin_reading(values: Tensor) -> Callable[[], list[float]]:
     """Start a copy to the host behind the work queued so far; the call that is returned waits for it."""
     if not values.is_cuda:
-        return values.tolist  # type: ignore[no-any-return]
+        return values.tolist
     on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     on_host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
 
     def read() -> list[float]:
         copied.synchronize()
-        return on_host.tolist()  # type: ignore[no-any-return]
+        return on_host.tolist()
 
     return read
 

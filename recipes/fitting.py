@@ -127,11 +127,12 @@ def _training(config: RunConfig, stage: str) -> TrainingConfig:
 
 
 def _halve_micro_batch(config: RunConfig, stage: str) -> tuple[str, RunConfig] | None:
-    found, training = config.stages[stage], _training(config, stage)
-    if training.micro_batch % 2:
+    found = config.stages[stage]
+    assert isinstance(found, PretrainStage | SpecialiseStage), "only these train"
+    if found.training.micro_batch % 2:
         return None
-    half = replace(training, micro_batch=training.micro_batch // 2)
-    changed = replace(found, training=half)  # type: ignore[call-arg]
+    half = replace(found.training, micro_batch=found.training.micro_batch // 2)
+    changed = replace(found, training=half)
     text = f"stages.{stage}.training.micro_batch={half.micro_batch}"
     return text, replace(config, stages={**config.stages, stage: changed})
 
@@ -170,7 +171,7 @@ def _from_data_ranks(config: RunConfig, axis: str) -> tuple[str, RunConfig] | No
     if mesh.data % 2:
         return None
     size = 2 * getattr(mesh, axis)
-    changed = replace(mesh, **{axis: size, "data": mesh.data // 2})  # type: ignore[arg-type]
+    changed = replace(mesh, **{axis: size, "data": mesh.data // 2})
     text = f"engine.mesh.{axis}={size} engine.mesh.data={mesh.data // 2}"
     return text, _with_engine(config, mesh=changed)
 

@@ -14,7 +14,11 @@ def test_allocator_that_has_no_memory_is_named_with_the_part_of_the_step():
     error = raised.value
     assert error.part == "the optimizer's update"
     assert error.capacity_bytes > 2**30
-    for words in ("out of memory in the optimizer's update", "GiB resident", "1152921504606846976 bytes"):
+    for words in (
+        "out of memory in the optimizer's update",
+        "GiB resident in this process",
+        "1152921504606846976 bytes",
+    ):
         assert words in str(error)
     longer = error.followed_by("Would fit:")
     assert str(longer) == f"{error}\nWould fit:" and longer.part == error.part
