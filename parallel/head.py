@@ -31,7 +31,10 @@ def keep_hidden(chunk: Any) -> None:
     def whole_sequence(hidden_SBD: Tensor, weight: Tensor | None = None, **_: object) -> tuple[Tensor, None]:
         if head.sequence_parallel:
             return mappings.gather_from_sequence_parallel_region(hidden_SBD, group=head.tp_group), None
-        return mappings.copy_to_tensor_model_parallel_region(hidden_SBD, group=head.tp_group), None
+        # Rows first, and back for GPTModel to do it again: Megatron sums a gradient that is not contiguous in a copy,
+        # and goes on with this rank's part.
+        hidden_BSD = hidden_SBD.transpose(0, 1).contiguous()
+        return mappings.copy_to_tensor_model_parallel_region(hidden_BSD, group=head.tp_group).transpose(0, 1), None
 
     head.forward = whole_sequence
 
