@@ -64,6 +64,8 @@ def transformer_config(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> 
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
+        # Waits for the device after every exchange, against a bug of torch before 2.0.
+        batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
         **RECOMPUTE[engine.recompute],
         **_experts_config(model, mesh),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from conf.schema import ModelConfig, PretrainStage, TrainingConfig
+from parallel.attention_kernel import attention_kernel
 from parallel.engine import TensorSource, make_engine
 from parallel.initial import InitialWeights
 from parallel.memory_errors import StepOutOfMemoryError, naming_memory_errors
@@ -36,6 +37,7 @@ def train_stage(
     """
     context = given.context
     engine_config = context.config.engine
+    print(f"-- stage {given.name}: attention by {attention_kernel().name}, {engine_config.precision}", flush=True)
     try:
         with naming_memory_errors("building the model and its optimizer"):
             engine = make_engine(model, engine_config, training.optim, mesh_of(given), micro_batch=training.micro_batch)
