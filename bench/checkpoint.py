@@ -182,6 +182,7 @@ def provenance() -> Provenance:
         precision="fp32",
         sequence_parallel=False,
         zero_stage=0,
+        offload_optimizer="none",
         overlap=False,
         recompute="none",
     )

@@ -40,6 +40,16 @@ def adapt_megatron() -> None:
                 SPECIAL_CARE[name](module)
 
 
+def adapt_deepspeed() -> None:
+    """Keep DeepSpeed from probing for compilers and building a shared-memory collective; does nothing with CUDA."""
+    if torch.cuda.is_available():
+        return
+    import deepspeed.ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
+
+
 def tensors_as_on_cuda() -> AbstractContextManager[object]:
     """While open, `tensor.type()` names CUDA types and `tensor.cuda()` is the tensor; for building models with."""
     return nullcontext() if torch.cuda.is_available() else _AsOnCuda()

@@ -1,7 +1,8 @@
 """Mixture of experts for Megatron's MoE layer: a router and grouped experts, exact under every layout.
 
-Megatron's own need TransformerEngine, or run one expert after the other; its router losses and token dropping are of
-the tokens of a rank, so that they change with the tensor and context axes. Here both are of the whole micro-batch.
+Megatron's own need TransformerEngine, or run one expert after the other; its router losses are weighed by, and tokens
+dropped among, the tokens of a rank, so that both change with the tensor and context axes. Here they are of the whole
+micro-batch.
 Tokens travel by Megatron's all-to-all dispatcher.
 
 Shape suffixes: S tokens of a row on this rank, B rows, T all tokens of this rank (S x B), D hidden, E experts,
@@ -45,6 +46,10 @@ class RouterTotals:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(METRICS), device=device)
         self.weight = torch.zeros((), device=device)
+
+    def in_tokens(self) -> Tensor:
+        """The sums as if each counted token had the mean: what the engine divides by counted tokens to report."""
+        return self.sums * self.weight
 
     def begin_step(self, weight: Tensor) -> None:
         """Forget the sums; `weight` is that of the coming step, shape ()."""
@@ -93,7 +98,7 @@ class Router(torch.nn.Module):
     def forward(self, hidden_SBD: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
         """Weights of each token's experts, float32 (T, E), 0 elsewhere, and which experts those are, bool (T, E)."""
         assert padding_mask is None, "every token is routed"
-        logits_TE = linear(hidden_SBD.flatten(0, 1).float(), self.weight.float())
+        logits_TE = cast(Tensor, _Float32Linear.apply(hidden_SBD.flatten(0, 1), self.weight))  # type: ignore[no-untyped-call]
         scores_TK, chosen_TK = logits_TE.topk(self.experts.num_experts_per_token, dim=1)
         sent_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
         learns = self.training and torch.is_grad_enabled()  # not in the first pass of recomputed layers
@@ -134,6 +139,23 @@ class Router(torch.nn.Module):
         everyone_TE = all_gather(weights_TE, self.group) if self.group.size() > 1 else weights_TE
         least_E = everyone_TE.topk(capacity, dim=0, sorted=True).values[-1]
         return sent_TE & (weights_TE >= least_E)
+
+
+class _Float32Linear(torch.autograd.Function):
+    """Tokens times the transpose of the weight, in float32, of which no copies are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_TD, weight_ED)
+        return linear(tokens_TD.float(), weight_ED.float())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient_TE,) = gradients
+        tokens_TD, weight_ED = ctx.saved_tensors
+        tokens_gradient_TD = gradient_TE @ weight_ED.float()
+        weight_gradient_ED = gradient_TE.T @ tokens_TD.float()
+        return tokens_gradient_TD.to(tokens_TD.dtype), weight_gradient_ED.to(weight_ED.dtype)
 
 
 class GroupedExperts(torch.nn.Module):

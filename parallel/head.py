@@ -53,11 +53,16 @@ def loss_of_hidden(
 
 
 @torch.no_grad()
-def score_rows(hidden_BSD: Tensor, weight_VD: Tensor, inputs: Inputs, group: dist.ProcessGroup) -> Tensor:
-    """Sums over counted tokens of loss, of correct predictions and of ones, float64, shape (B, 3)."""
+def score_rows(hidden_BSD: Tensor, weight_VD: Tensor | None, inputs: Inputs, group: dist.ProcessGroup) -> Tensor:
+    """Sums over counted tokens of loss, of correct predictions and of ones, float64, shape (B, 3).
+
+    Without a weight `hidden_BSD` is the logits.
+    """
     rows_B3 = hidden_BSD.new_zeros(hidden_BSD.size(0), 3, dtype=torch.float64)
-    for part in parts_of_tokens(hidden_BSD.size(0), hidden_BSD.size(1), weight_VD.size(0)):
-        tokens = score_tokens(hidden_BSD[:, part] @ weight_VD.t(), inputs.labels_BS[:, part], group)
+    vocabulary = hidden_BSD.size(2) if weight_VD is None else weight_VD.size(0)
+    for part in parts_of_tokens(hidden_BSD.size(0), hidden_BSD.size(1), vocabulary):
+        logits_BSV = hidden_BSD[:, part] if weight_VD is None else hidden_BSD[:, part] @ weight_VD.t()
+        tokens = score_tokens(logits_BSV, inputs.labels_BS[:, part], group)
         mask_BS = inputs.loss_mask_BS[:, part].double()
         columns = (tokens.loss_BS, tokens.correct_BS, torch.ones_like(mask_BS))
         rows_B3 += torch.stack([(values * mask_BS).sum(dim=1) for values in columns], dim=1)

@@ -44,6 +44,9 @@ BUCKETS_TO_OVERLAP = 8
 class MegatronEngine:
     """See `Engine`. Megatron's groups must be those of the mesh (`groups.enter_mesh`) as long as the engine is used."""
 
+    _keeps_hidden = True
+    """The head is multiplied with together with the loss, not by the model."""
+
     def __init__(
         self, model: ModelConfig, engine: EngineConfig, optim: OptimConfig | None, mesh: Mesh, *, micro_batch: int
     ) -> None:
@@ -61,7 +64,7 @@ class MegatronEngine:
         with tensors_as_on_cuda():
             self._chunks = build_chunks(model, engine, mesh)
         self._parameters = dict(self._named_boxes(model))
-        if self._is_last:
+        if self._is_last and self._keeps_hidden:
             keep_hidden(self._chunks[-1])
         self._families = families_of(parameter for chunk in self._chunks for parameter in chunk.parameters())
         self._num_layers = model.num_layers
@@ -73,19 +76,14 @@ class MegatronEngine:
         if engine.compile:
             compile_layers(self._chunks)
         self._models: list[Any] = self._chunks
-        self._adams: list[ShardedAdam] = []
+        self._adams: list[Any] = []
         self._accumulating: list[Any] = []
         """Weights whose gradients are added to `main_grad` where they are computed, not by Megatron's hooks."""
         if optim is None:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
         else:
-            self._models = self._wrap_chunks()
-            self._accumulating = self._accumulate_in_products()
-            if engine.compile:
-                for wrapped in self._models:
-                    gather_whole_layers(wrapped)
-            self._adams = [ShardedAdam(self._models, family, engine, optim) for family in self._families]
+            self._models, self._adams = self._make_trainable(optim)
 
     def _named_boxes(self, model: ModelConfig) -> Iterator[tuple[Tensor, tuple[Box, ...]]]:
         for chunk in self._chunks:
@@ -105,6 +103,15 @@ class MegatronEngine:
                 # parameters would count once in the gradient norm instead of once a tensor rank.
                 parameter.tensor_model_parallel = boxes[0].shape != boxes[0].global_shape
                 yield parameter, boxes
+
+    def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[Any]]:
+        """What the chunks are trained through, and an optimizer for each family of weights (see `ShardedAdam`)."""
+        models = self._wrap_chunks()
+        self._accumulating = self._accumulate_in_products()
+        if self._engine.compile:
+            for wrapped in models:
+                gather_whole_layers(wrapped)
+        return models, [ShardedAdam(models, family, self._engine, optim) for family in self._families]
 
     def _wrap_chunks(self) -> list[Any]:
         engine = self._engine
@@ -143,20 +150,11 @@ class MegatronEngine:
         assert self._optim is not None, "an engine without optim only scores"
         names = objective.metric_names
         with naming_memory_errors("the forward and backward pass"):
-            for model in self._models:
-                model.zero_grad_buffer()
-            for weight in self._accumulating:
-                weight.grad_added_to_main_grad = True
-            for adam in self._adams:
-                adam.zero_gradients()
             self._weigh_router_losses(micro_batches)
-            sums: list[LossSums] = self._run(micro_batches, partial(self._training_loss, objective))
+            sums = self._accumulate(micro_batches, objective)
         with naming_memory_errors("the gradient norm"):
             total = self._sum_over_world(sums, names, stop)
-            router_means = total[4 + len(names) :] / (len(micro_batches) * self.mesh.data * self._num_layers)
-            outcome = Outcome.of(
-                total[: 4 + len(names)], further=router_means, clip_grad_norm=self._optim.clip_grad_norm
-            )
+            outcome = Outcome.of(total, clip_grad_norm=self._optim.clip_grad_norm)
             read = begin_reading(outcome.report)
         with naming_memory_errors("the optimizer's update"):
             for adam in self._adams:
@@ -164,7 +162,7 @@ class MegatronEngine:
         return result_of(read(), names if self._totals is None else (*names, *METRICS))
 
     def _sum_over_world(self, sums: Sequence[LossSums], names: Sequence[str], stop: bool) -> Tensor:
-        """What `Outcome.of` wants, and the routers' sums where there are any; nothing here waits for the device."""
+        """What `Outcome.of` wants, on the device; in the Megatron engine nothing here waits for it."""
         num_sums = 4 + len(names)
         num_router_sums = 0 if self._totals is None else len(METRICS)
         total = torch.zeros(num_sums + num_router_sums, dtype=torch.float64, device=self._device)
@@ -176,9 +174,19 @@ class MegatronEngine:
                 values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
                 total[2:num_sums] += torch.stack([value.double() for value in values])
         if self._totals is not None:
-            total[num_sums:] = self._totals.sums
+            total[num_sums:] = self._totals.in_tokens() / self._num_layers
         dist.all_reduce(total)
         return total
+
+    def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[LossSums]:
+        """Gradients of the sum over micro-batches, reduced over data ranks; what the objective found, on the last."""
+        for model in self._models:
+            model.zero_grad_buffer()
+        for weight in self._accumulating:
+            weight.grad_added_to_main_grad = True
+        for adam in self._adams:
+            adam.zero_gradients()
+        return self._run(micro_batches, partial(self._training_loss, objective))
 
     def _weigh_router_losses(self, micro_batches: Sequence[Batch]) -> None:
         """Router losses are means over micro-batches, and gradients are divided by counted tokens: make up for it."""
@@ -249,11 +257,11 @@ class MegatronEngine:
         self, objective: Objective, inputs: Inputs, hidden_BSD: Tensor
     ) -> tuple[Tensor, Tensor, LossSums]:
         sums = loss_of_hidden(objective, hidden_BSD, self._head_weight(), inputs, self._tensor_group)
-        # Pipeline schedules free the loss they are given; what is reported must have its own hold of the value.
-        return sums.loss, sums.num_tokens.int(), replace(sums, loss=sums.loss.detach())
+        return sums.loss, sums.num_tokens.int(), detached(sums)
 
     def _row_scores(self, inputs: Inputs, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows_B3 = score_rows(hidden_BSD, self._head_weight(), inputs, self._tensor_group)
+        weight_VD = self._head_weight() if self._keeps_hidden else None
+        rows_B3 = score_rows(hidden_BSD, weight_VD, inputs, self._tensor_group)
         return rows_B3[:, 0].sum().float(), rows_B3[:, 2].sum().int(), rows_B3
 
     def _head_weight(self) -> Tensor:
@@ -291,8 +299,7 @@ class MegatronEngine:
     @torch.no_grad()
     def load_weights(self, source: TensorSource) -> None:
         """See `Engine.load_weights`."""
-        apart = self._engine.weight_precision == "bf16"
-        shards = {shard.parameter: shard for adam in self._adams for shard in adam.shards()} if apart else {}
+        shards = {shard.parameter: shard for adam in self._adams if adam.masters_apart for shard in adam.shards()}
         for parameter, boxes in self._parameters.items():
             values = read_range(source, boxes, 0, parameter.numel())
             parameter.copy_(values.view_as(parameter))
@@ -352,3 +359,8 @@ class MegatronEngine:
 def _reduce_gradients(models: Sequence[Any], num_tokens: Tensor | None, **options: Any) -> None:
     # Without the count: the engine divides by the global count when it has it, in one pass with clipping.
     finalize_model_grads(models, None, **options)
+
+
+def detached(sums: LossSums) -> LossSums:
+    """What is reported: pipeline schedules free the loss they are given, so it has its own hold of the value."""
+    return replace(sums, loss=sums.loss.detach())

@@ -88,8 +88,9 @@ class ShardedAdam:
 
     def __init__(self, chunks: Sequence[Any], family: Family, engine: EngineConfig, optim: OptimConfig) -> None:
         self.distributed = engine.zero_stage == 1
+        self.masters_apart = engine.weight_precision == "bf16"
         self.family = family
-        self.adam = adam.make_adam(family.parameters, optim)
+        self.adam: torch.optim.AdamW = adam.make_adam(family.parameters, optim)
         config = OptimizerConfig(
             optimizer="adam",
             lr=optim.learning_rate,

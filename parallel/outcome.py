@@ -32,13 +32,12 @@ class Outcome:
     report: Tensor
 
     @classmethod
-    def of(cls, sums: Tensor, *, further: Tensor, clip_grad_norm: float) -> Outcome:
+    def of(cls, sums: Tensor, *, clip_grad_norm: float) -> Outcome:
         """Decide.
 
         Args:
             sums: the squared gradient norm of the summed gradients, requests to stop, loss, counted tokens, metrics;
                 float64, the same on every rank.
-            further: means to be reported as they are, after those of the metrics; float64.
             clip_grad_norm: largest gradient norm, 0 for any.
         """
         squared_norm, stop, loss, num_tokens = sums[:4].unbind()
@@ -48,9 +47,7 @@ class Outcome:
             clip = (clip_grad_norm / (grad_norm + EPSILON)).clamp(max=1.0)
         mean_loss = loss / num_tokens  # not finite where no token was counted
         skip = 1.0 - (mean_loss.isfinite() & grad_norm.isfinite()).double()
-        report = torch.cat(
-            (torch.stack((mean_loss, grad_norm, num_tokens, stop, skip)), sums[4:] / num_tokens, further)
-        )
+        report = torch.cat((torch.stack((mean_loss, grad_norm, num_tokens, stop, skip)), sums[4:] / num_tokens))
         return cls(divisor=(num_tokens / clip).float(), skip=skip.float(), report=report)
 
 

@@ -68,14 +68,27 @@ def experts_split_sequences_with_tensors(config: RunConfig, machine: Machine) ->
         )
 
 
-def experts_are_on_megatron(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """Expert weights are held by other ranks than the rest, which only the Megatron engine knows."""
-    backend: str = config.engine.backend
-    if config.model.experts is not None and backend != "megatron":
+def expert_ranks_share_a_node(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Warn of expert groups that cross nodes: every token travels to its experts and back, in every layer."""
+    mesh, ranks_per_node = config.engine.mesh, config.cluster.ranks_per_node
+    span = mesh.tensor * mesh.expert
+    if mesh.expert > 1 and config.cluster.num_nodes > 1 and ranks_per_node is not None and ranks_per_node % span:
         yield Problem(
-            "engine.backend",
-            f"is {backend}, which reduces and shards all gradients over the same ranks, and experts have ranks of "
-            "their own. Use engine=megatron, or a dense model.",
+            "engine.mesh.expert",
+            f"tensor {mesh.tensor} x expert {mesh.expert} = {span} ranks do not fit evenly into nodes of "
+            f"{ranks_per_node}, so tokens cross nodes on the way to their experts, in every layer. Products within a "
+            f"node: {', '.join(map(str, divisors(ranks_per_node)))}.",
+        )
+
+
+def experts_take_their_share(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Warn of experts that must drop tokens however evenly they are used."""
+    experts = config.model.experts
+    if experts is not None and experts.capacity_factor is not None and experts.capacity_factor < 1:
+        yield Problem(
+            "model.experts.capacity_factor",
+            f"is {experts.capacity_factor:g}: experts leave out at least {1 - experts.capacity_factor:.0%} of what is "
+            "sent to them, even when it is sent evenly. 1.25 is usual, null leaves nothing out.",
         )
 
 
@@ -83,5 +96,5 @@ RULES = (
     tokens_have_experts_to_choose,
     experts_are_shared_evenly,
     experts_split_sequences_with_tensors,
-    experts_are_on_megatron,
 )
+WARNINGS = (expert_ranks_share_a_node, experts_take_their_share)

@@ -52,6 +52,8 @@ def state_bytes(config: RunConfig) -> int:
     if not trainings_of(config):
         return parameters * weights
     gradients, adam = 4, 12 if engine.weight_precision == "bf16" else 8
+    if engine.offload_optimizer != "none" and config.cluster.device != "cpu":
+        adam = 0
     from_stage = ((1, adam), (2, gradients), (3, weights))
 
     def held(parameters: int, replicas: int) -> int:
@@ -103,7 +105,7 @@ def cluster_is_of_one_kind(config: RunConfig, machine: Machine) -> Iterator[Prob
                 "cluster.kind=ray to join that one.",
             )
     else:
-        if cluster.address is None:
+        if cluster.kind == "ray" and cluster.address is None:
             yield Problem(
                 "cluster.address", "is null; cluster.kind=ray joins a running Ray, e.g. cluster.address=auto."
             )

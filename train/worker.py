@@ -140,6 +140,8 @@ def _prepare_process(place: Place, run: RunDir) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+    # Extensions that are compiled when first used: a build that was killed leaves a lock that would stop other runs.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(run.path / "torch_extensions"))
     cores = len(os.sched_getaffinity(0))
     os.environ.update(
         RANK=str(place.rank),

@@ -45,6 +45,7 @@ PROVENANCE = Provenance(
         precision="fp32",
         sequence_parallel=False,
         zero_stage=1,
+        offload_optimizer="none",
         overlap=False,
         recompute="none",
     ),

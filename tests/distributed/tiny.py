@@ -57,7 +57,9 @@ class Layout:
     data: int = 1
     expert: int = 1
     sequence_parallel: bool = False
+    backend: str = "megatron"
     zero_stage: int = 0
+    offload_optimizer: str = "none"
     overlap: bool = False
     precision: str = "fp32"
     recompute: str = "none"
@@ -70,7 +72,7 @@ class Layout:
     @property
     def engine(self) -> EngineConfig:
         return EngineConfig(
-            backend="megatron",
+            backend=self.backend,  # type: ignore[arg-type]
             mesh=MeshConfig(
                 tensor=self.tensor,
                 context=self.context,
@@ -82,6 +84,7 @@ class Layout:
             precision=self.precision,  # type: ignore[arg-type]
             sequence_parallel=self.sequence_parallel,
             zero_stage=self.zero_stage,  # type: ignore[arg-type]
+            offload_optimizer=self.offload_optimizer,  # type: ignore[arg-type]
             overlap=self.overlap,
             recompute=self.recompute,  # type: ignore[arg-type]
         )

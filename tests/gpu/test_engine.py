@@ -53,6 +53,7 @@ def engine_config(precision: str, **changes: object) -> EngineConfig:
         "precision": precision,
         "sequence_parallel": False,
         "zero_stage": 1,
+        "offload_optimizer": "none",
         "overlap": True,
         "recompute": "none",
     }
@@ -211,6 +212,16 @@ def test_attention_kernel_is_the_one_of_the_rule():
     from parallel.attention_kernel import TORCH_DECIDES, attention_kernel
 
     assert (attention_kernel() != TORCH_DECIDES) == (torch.cuda.get_device_capability()[0] in (9, 10))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 2, "offload_optimizer": "cpu"}],
+    ids=str,
+)
+def test_deepspeed_does_not_change_the_numbers(changes):
+    found = losses(engine_config("bf16", backend="deepspeed", **changes))
+    assert found == pytest.approx(losses(engine_config("bf16")), abs=1e-3)
 
 
 @pytest.mark.parametrize("num_queries", [512, 128])

@@ -48,6 +48,19 @@ def test_weights_are_the_softmax_over_all_normalised_over_the_chosen():
     assert torch.equal(sent, expected > 0) and (sent.sum(1) == 2).all()
 
 
+def test_scores_are_float32_and_gradients_of_the_dtype_of_what_they_are_of():
+    made, tokens = router().bfloat16(), hidden().bfloat16().requires_grad_()
+    twins = tokens.detach().clone().requires_grad_(), made.weight.detach().clone().requires_grad_()
+    scores = experts._Float32Linear.apply(tokens.flatten(0, 1), made.weight)
+    expected = linear(twins[0].flatten(0, 1).float(), twins[1].float())
+    assert torch.equal(scores, expected)
+    for result in (scores, expected):
+        (result * torch.arange(96.0).view(16, 6)).sum().backward()
+    for mine, its in zip((tokens, made.weight), twins, strict=True):
+        assert mine.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.grad, its.grad)
+
+
 def test_losses_are_in_the_gradient_times_their_weight_and_in_the_totals():
     made, tokens = router(balance_loss=0.5, router_z_loss=0.25), hidden()
     made(tokens)[0].sum().backward()  # weights of a token add up to 1: without losses there is no gradient

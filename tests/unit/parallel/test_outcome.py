@@ -11,8 +11,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 def outcome(*sums: float, clip_grad_norm: float = 1.0) -> Outcome:
-    none = torch.zeros(0, dtype=torch.float64)
-    return Outcome.of(torch.tensor(sums, dtype=torch.float64), further=none, clip_grad_norm=clip_grad_norm)
+    return Outcome.of(torch.tensor(sums, dtype=torch.float64), clip_grad_norm=clip_grad_norm)
 
 
 def test_sums_become_means_and_the_gradient_is_clipped():
@@ -43,12 +42,6 @@ def test_batch_without_a_counted_token_is_skipped_and_told():
     assert found.skip.item() == 1.0
     with pytest.raises(ValueError, match="no counted token"):
         result_of(found.report.tolist(), [])
-
-
-def test_means_are_reported_as_they_are_after_the_metrics():
-    sums = torch.tensor([1.0, 0.0, 25.0, 10.0, 5.0], dtype=torch.float64)
-    found = Outcome.of(sums, further=torch.tensor([0.25], dtype=torch.float64), clip_grad_norm=1.0)
-    assert result_of(found.report.tolist(), ["accuracy", "balance"]).metrics == {"accuracy": 0.5, "balance": 0.25}
 
 
 def test_one_request_to_stop_is_enough():

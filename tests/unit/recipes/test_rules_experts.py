@@ -6,7 +6,6 @@ import pytest
 from check_samples import BIG_DISK, LAPTOP, assert_told, changed, composed, full_size, layout, problems_of, rehearsal
 
 from recipes import check, rules_place
-from recipes.rules_experts import experts_are_on_megatron
 
 
 @pytest.fixture
@@ -49,11 +48,25 @@ def test_tensor_ranks_split_the_sequence(mixture):
     assert problems_of(changed(layout(mixture, tensor=2), engine__sequence_parallel=True)) == {}
 
 
-def test_engine_that_knows_one_group_for_all_gradients_is_refused(mixture):
-    other = changed(mixture, engine__backend="another")
-    (problem,) = experts_are_on_megatron(other, LAPTOP)
-    assert (problem.path, "ranks of their own" in problem.message) == ("engine.backend", True)
-    assert list(experts_are_on_megatron(mixture, LAPTOP)) == []
+def test_expert_groups_across_nodes_are_warned_of():
+    model = composed("foundation", "model=mixtral_8x7b", "cluster=h200_ray").model
+    config = full_size("foundation", model=model)
+
+    def warned(**axes):
+        return [each.message for each in check.warnings(layout(config, **axes), BIG_DISK) if "expert" in each.path]
+
+    (message,) = warned(tensor=2, expert=8)
+    assert "tensor 2 x expert 8 = 16 ranks" in message and "nodes of 8" in message and "1, 2, 4, 8" in message
+    assert warned(tensor=1, expert=8) == []
+
+
+def test_experts_that_cannot_take_their_share_are_warned_of(mixture):
+    def warned(factor):
+        config = changed(mixture, model__experts__capacity_factor=factor)
+        return [each.message for each in check.warnings(config, LAPTOP) if "capacity" in each.path]
+
+    assert "at least 25%" in warned(0.75)[0]
+    assert warned(1.25) == warned(None) == []
 
 
 def test_data_ranks_are_as_many_as_expert_groups_need(mixture):

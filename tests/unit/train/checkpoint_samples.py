@@ -36,6 +36,7 @@ ENGINE = EngineConfig(
     precision="fp32",
     sequence_parallel=False,
     zero_stage=1,
+    offload_optimizer="none",
     overlap=False,
     recompute="none",
 )

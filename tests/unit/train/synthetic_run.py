@@ -82,6 +82,7 @@ def run_config(num_steps: int = 120) -> RunConfig:
         precision="fp32",
         sequence_parallel=False,
         zero_stage=1,
+        offload_optimizer="none",
         overlap=True,
         recompute="none",
     )
