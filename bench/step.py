@@ -67,6 +67,7 @@ ENGINE = EngineConfig(
     precision="bf16" if ON_GPU else "fp32",
     sequence_parallel=False,
     zero_stage=0,
+    offload_optimizer="none",
     overlap=False,
     recompute="none",
 )
