@@ -57,7 +57,7 @@ def train_stage(
                 model=model,
                 engine=engine_config,
                 tokenizer=tokenizer_identity(given.datasets),
-                data={name: given.datasets[name].identity for name in training.mixture},
+                data={name: given.datasets[name].identity for name in training.sources},
                 parents=parents,
             ),
         )

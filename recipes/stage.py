@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import CheckpointError
-from data.shards import Dataset
+from conf.schema import DataConfig
+from data.archive import Archive
+from data.shards import Access, Dataset
+from data.tiers import open_tiers
 from train.checkpoint import Checkpoint
 from train.metrics import MetricsWriter
 from train.rundir import RunDir
@@ -78,9 +81,14 @@ class StageOutput:
     checkpoint: Path | None
 
 
-def open_datasets(run: RunDir) -> dict[str, Dataset]:
-    """The prepared sources of a run, as its driver wrote them down."""
-    return {name: Dataset.open(path) for name, path in json.loads(run.datasets_file.read_text()).items()}
+def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
+    """The prepared sources of a run, as its driver wrote them down, behind the tiers they share."""
+    tiers = open_tiers(data.tiers)
+    datasets = {}
+    for name, path in json.loads(run.datasets_file.read_text()).items():
+        wait = Archive(path, data.storage).wait if path.startswith("s3://") else None
+        datasets[name] = Dataset.open(path, Access(storage=data.storage, tiers=tiers, on_archived=wait))
+    return datasets
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:

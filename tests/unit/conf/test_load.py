@@ -99,7 +99,7 @@ WRONG = [
         "engine.precision",
         ["must be 'fp32', 'bf16', 'fp8' or 'fp8_rowwise'", "Did you mean 'bf16'"],
     ),
-    ("action=chek", "action", ["must be 'run', 'check' or 'dry_run'", "Did you mean 'check'"]),
+    ("action=chek", "action", ["'run', 'check', 'plan' or 'dry_run'", "Did you mean 'check'"]),
     ("scale=ful", "scale", ["'rehearsal' or 'full'", "Did you mean 'full'"]),
     ("runs_dir=null", "runs_dir", ["is null", "must be text"]),
     ("order=specialise", "order", ["must be a list", "[specialise,export]"]),
