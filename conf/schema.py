@@ -142,7 +142,9 @@ class EngineConfig(Strict):
 
     backend: Literal["megatron", "deepspeed"]
     mesh: MeshConfig
-    precision: Precision
+    precision: Literal["fp32", "bf16", "fp8", "fp8_rowwise"]
+    """fp8: weights and optimizer as in bf16, matrix products of the layers in fp8 with one scale a tensor; fp8_rowwise:
+    with one a row, slower and nearer to bf16."""
     sequence_parallel: bool
     """Split norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
     zero_stage: Literal[0, 1, 2, 3]
@@ -152,6 +154,13 @@ class EngineConfig(Strict):
     overlap: bool
     """Overlap gradient reduction (and gathering of split weights) with computation."""
     recompute: Literal["none", "selective", "full"]
+    compile: bool = False
+    """Compile each layer into few kernels; takes a minute at the start."""
+
+    @property
+    def weight_precision(self) -> Precision:
+        """What weights and activations are kept in."""
+        return "fp32" if self.precision == "fp32" else "bf16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -65,6 +65,21 @@ def set_learning_rate(adam: torch.optim.AdamW, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+def prepare_step(adam: torch.optim.AdamW, *, divisor: Tensor, skip: Tensor, learning_rate: float) -> None:
+    """Say what the next step does.
+
+    Args:
+        adam: the optimizer.
+        divisor: what the gradients are divided by, float32, shape ().
+        skip: 1.0 to change nothing (no moment, no count of steps), else 0.0; float32, shape ().
+        learning_rate: of the step.
+    """
+    set_learning_rate(adam, learning_rate)
+    # What torch's gradient scaler sets: the fused kernel reads both from the device.
+    adam.grad_scale = divisor  # type: ignore[attr-defined]
+    adam.found_inf = skip  # type: ignore[attr-defined]
+
+
 def parameters_of(adam: torch.optim.AdamW) -> Iterator[Tensor]:
     """Every parameter."""
     for group in adam.param_groups:

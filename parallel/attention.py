@@ -10,18 +10,17 @@ Context ranks hold the sequence in zigzag order: it is cut into 2 x context chun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-HOPPER = 9
+from parallel.attention_kernel import TORCH_DECIDES, Kernel, attention_kernel
 
 
 class CausalAttention(torch.nn.Module):
@@ -39,6 +38,7 @@ class CausalAttention(torch.nn.Module):
         super().__init__()
         assert config.attention_dropout == 0.0, "nothing in a step draws random numbers"
         self.group: dist.ProcessGroup = pg_collection.cp
+        self.kernel = attention_kernel()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -48,7 +48,11 @@ class CausalAttention(torch.nn.Module):
         assert attention_mask is None, "the mask is causal"
         if self.group.size() == 1:
             output_BHSD = attend_causally(
-                query_SBHD.permute(1, 2, 0, 3), key_SBGD.permute(1, 2, 0, 3), value_SBGD.permute(1, 2, 0, 3), self.scale
+                query_SBHD.permute(1, 2, 0, 3),
+                key_SBGD.permute(1, 2, 0, 3),
+                value_SBGD.permute(1, 2, 0, 3),
+                self.scale,
+                self.kernel,
             )
         else:
             output_BHSD = self._attend_across_ranks(query_SBHD, key_SBGD, value_SBGD)
@@ -62,7 +66,7 @@ class CausalAttention(torch.nn.Module):
         query_BHSD = query_SBHD.permute(1, 2, 0, 3)
         length = query_BHSD.size(2) // 2
         outputs = [
-            attend_causally(query, key_BGTD[:, :, :end], value_BGTD[:, :, :end], self.scale)
+            attend_causally(query, key_BGTD[:, :, :end], value_BGTD[:, :, :end], self.scale, self.kernel)
             for query, end in zip(
                 query_BHSD.chunk(2, dim=2),
                 [(chunk + 1) * length for chunk in chunks_of_rank(self.group.rank(), self.group.size())],
@@ -91,11 +95,13 @@ def places_of_chunks(size: int) -> list[int]:
     return [held.index(chunk) for chunk in range(2 * size)]
 
 
-def attend_causally(query_BHSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scale: float) -> Tensor:
+def attend_causally(
+    query_BHSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scale: float, kernel: Kernel = TORCH_DECIDES
+) -> Tensor:
     """Attention of S queries, the last of T tokens, to the keys that are not after them; query heads share keys."""
     same_length = query_BHSD.size(2) == key_BGTD.size(2)
     mask = None if same_length else causal_lower_right(query_BHSD.size(2), key_BGTD.size(2))
-    with _fastest_kernel(query_BHSD.device):
+    with _by(kernel):
         return scaled_dot_product_attention(
             query_BHSD,
             key_BGTD,
@@ -107,20 +113,8 @@ def attend_causally(query_BHSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, sc
         )
 
 
-@contextmanager
-def _fastest_kernel(device: torch.device) -> Iterator[None]:
-    # Measured on H100 at 8192 tokens: cuDNN 626 / 498 TFLOP/s forward / backward, FlashAttention-2 337 / 289.
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
-        yield
-        return
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    with sdpa_kernel(order, set_priority=True):
-        yield
+def _by(kernel: Kernel) -> AbstractContextManager[None]:
+    return sdpa_kernel(list(kernel.order), set_priority=True) if kernel.order else nullcontext()
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

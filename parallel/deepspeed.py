@@ -36,6 +36,7 @@ from parallel.state import pieces_of, read_range
 class DeepSpeedEngine(MegatronEngine):
     """See `Engine`. Without an optimizer nothing of DeepSpeed is used, and weights are whole."""
 
+    _keeps_hidden = False  # gradients are DeepSpeed's business, and at stage 3 weights are not whole
     _trainer: Any = None  # DeepSpeed's engine
 
     def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[Any]]:
@@ -168,7 +169,7 @@ def deepspeed_config(engine: EngineConfig, mesh: Mesh, micro_batch: int, chunk: 
             "stage3_param_persistence_threshold": norm + 1,
         },
     }
-    if engine.precision == "bf16":
+    if engine.weight_precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if engine.offload_optimizer != "none":

@@ -83,6 +83,15 @@ class Objective(Protocol):
         ...
 
 
+class Tokenwise:
+    """Base of objectives that are sums over tokens, each of them from its own logits.
+
+    An engine may call them with a slice of the tokens at a time and add up; others get the logits of a micro-batch.
+    """
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """The same on every rank.
@@ -140,6 +149,7 @@ class Engine(Protocol):
 
         Raises:
             FloatingPointError: the loss or gradient norm is not finite; weights and optimizer are unchanged.
+            StepOutOfMemoryError: with the part of the step in which memory ran out.
         """
         ...
 
@@ -215,5 +225,6 @@ __all__ = [
     "RowScores",
     "StepResult",
     "TensorSource",
+    "Tokenwise",
     "make_engine",
 ]

@@ -5,18 +5,26 @@ Shape suffixes: B rows, S tokens, V this tensor rank's part of the vocabulary.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.engine import LossSums
+from parallel.engine import LossSums, Tokenwise
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Of float32 logits that live at once. Large enough that a slice keeps a GPU busy, small beside a layer's activations.
+LOGIT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class CrossEntropy:
+class CrossEntropy(Tokenwise):
     """Cross-entropy of the labels, plus `z_loss` times the squared log-partition, which keeps logits from drifting.
 
     Implements `Objective`. Reports `accuracy`, and `z_loss` (the term itself, in nats) where it is used.
@@ -63,44 +71,81 @@ def score_tokens(logits_BSV: Tensor, labels_BS: Tensor, tensor_group: dist.Proce
 
 
 class _VocabularyParallelScores(torch.autograd.Function):
+    """Keeps the logits as they came and one number a token; float32 copies live for a part of the tokens at a time."""
+
     @staticmethod
     def forward(
         ctx: Any, logits_BSV: Tensor, labels_BS: Tensor, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        largest_BS = logits_BSV.amax(dim=-1).float()
-        _reduce(largest_BS, dist.ReduceOp.MAX, group)
-        shifted_BSV = logits_BSV.float() - largest_BS.unsqueeze(-1)
-
         size = logits_BSV.size(-1)
         here_BS = labels_BS - size * (0 if group is None else group.rank())
         elsewhere_BS = (here_BS < 0) | (here_BS >= size)
         here_BS = here_BS.masked_fill(elsewhere_BS, 0)
-        label_BS = shifted_BSV.gather(-1, here_BS.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere_BS, 0.0)
+        sums = kernel(_sums_of_slice, logits_BSV)
+        parts = parts_of_tokens(logits_BSV.size(0), logits_BSV.size(1), size)
+        pieces = [sums(logits_BSV[:, part], here_BS[:, part]) for part in parts]
+        largest_BS, partition_BS, label_BS = (torch.cat(piece, dim=1) for piece in zip(*pieces, strict=True))
+        if group is not None and group.size() > 1:
+            largest_here_BS = largest_BS.clone()
+            dist.all_reduce(largest_BS, op=dist.ReduceOp.MAX, group=group)
+            partition_BS *= (largest_here_BS - largest_BS).exp()
+            label_BS = (label_BS + largest_here_BS - largest_BS).masked_fill_(elsewhere_BS, 0.0)
+            sums_2BS = torch.stack((partition_BS, label_BS))
+            dist.all_reduce(sums_2BS, group=group)
+            partition_BS, label_BS = sums_2BS
 
-        exponential_BSV = shifted_BSV.exp_()
-        sums_2BS = torch.stack((exponential_BSV.sum(dim=-1), label_BS))
-        _reduce(sums_2BS, dist.ReduceOp.SUM, group)
-        partition_BS, label_BS = sums_2BS
-        probability_BSV = exponential_BSV.div_(partition_BS.unsqueeze(-1))
-
-        ctx.save_for_backward(probability_BSV, here_BS, elsewhere_BS)
-        ctx.dtype = logits_BSV.dtype
+        loss_BS = partition_BS.log() - label_BS
+        log_partition_BS = partition_BS.log() + largest_BS
         correct_BS = label_BS >= 0
+        ctx.save_for_backward(logits_BSV, largest_BS, partition_BS, here_BS, elsewhere_BS)
         ctx.mark_non_differentiable(correct_BS)
-        log_partition_BS = partition_BS.log()
-        return log_partition_BS - label_BS, log_partition_BS + largest_BS, correct_BS
+        return loss_BS, log_partition_BS, correct_BS
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         loss_gradient_BS, log_partition_gradient_BS, _ = gradients
-        probability_BSV, here_BS, elsewhere_BS = ctx.saved_tensors
-        # In place: probabilities are the largest tensor of a step, and a graph is walked back once.
-        gradient_BSV = probability_BSV.mul_((loss_gradient_BS + log_partition_gradient_BS).unsqueeze(-1))
+        logits_BSV, largest_BS, partition_BS, here_BS, elsewhere_BS = ctx.saved_tensors
+        scale_BS = (loss_gradient_BS + log_partition_gradient_BS) / partition_BS
         at_label_BS = loss_gradient_BS.masked_fill(elsewhere_BS, 0.0)
-        gradient_BSV.scatter_add_(-1, here_BS.unsqueeze(-1), -at_label_BS.unsqueeze(-1))
-        return gradient_BSV.to(ctx.dtype), None, None
+        gradient_BSV = torch.empty_like(logits_BSV)
+        gradient = kernel(_gradient_of_slice, logits_BSV)
+        for part in parts_of_tokens(*logits_BSV.shape):
+            per_token = (each[:, part] for each in (largest_BS, scale_BS, at_label_BS, here_BS))
+            gradient_BSV[:, part] = gradient(logits_BSV[:, part], *per_token)
+        return gradient_BSV, None, None
 
 
-def _reduce(tensor: Tensor, operation: Any, group: dist.ProcessGroup | None) -> None:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(tensor, op=operation, group=group)
+def _sums_of_slice(logits_BSV: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit, sum of the exponentials of logits less it, and the label's logit less it, in float32."""
+    largest_BS = logits_BSV.amax(dim=-1).float()
+    shifted_BSV = logits_BSV.float() - largest_BS.unsqueeze(-1)
+    at_label_BS = shifted_BSV.gather(-1, label_BS.unsqueeze(-1)).squeeze(-1)
+    return largest_BS, shifted_BSV.exp().sum(dim=-1), at_label_BS
+
+
+def _gradient_of_slice(
+    logits_BSV: Tensor, largest_BS: Tensor, scale_BS: Tensor, at_label_BS: Tensor, label_BS: Tensor
+) -> Tensor:
+    exponential_BSV = (logits_BSV.float() - largest_BS.unsqueeze(-1)).exp()
+    gradient_BSV = exponential_BSV * scale_BS.unsqueeze(-1)
+    return gradient_BSV.scatter_add(-1, label_BS.unsqueeze(-1), -at_label_BS.unsqueeze(-1)).to(logits_BSV.dtype)
+
+
+def parts_of_tokens(num_rows: int, num_tokens: int, vocabulary: int) -> list[slice]:
+    """Slices of the tokens of a row, such that the float32 logits of one slice of all rows stay below LOGIT_BYTES.
+
+    >>> parts_of_tokens(1, 8192, 32_000)[:2]
+    [slice(0, 2097, None), slice(2097, 4194, None)]
+    """
+    step = max(1, LOGIT_BYTES // (4 * num_rows * vocabulary))
+    return [slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
+
+
+def kernel(function: Callable[P, T], tensor: Tensor) -> Callable[P, T]:
+    """The function, as one kernel where the tensor is on a GPU; on a CPU compiling takes longer than it saves."""
+    return _compiled(function) if tensor.is_cuda else function
+
+
+@functools.cache
+def _compiled(function: Callable[P, T]) -> Callable[P, T]:
+    return torch.compile(function, dynamic=True)

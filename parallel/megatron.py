@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,15 +20,19 @@ from conf.schema import EngineConfig, ModelConfig, OptimConfig
 from data.batch import Batch
 from parallel import device, weight_names
 from parallel.boxes import Box
+from parallel.compilation import compile_layers, gather_whole_layers
 from parallel.cpu import adapt_megatron, tensors_as_on_cuda
 from parallel.engine import LossSums, Objective, Piece, RowScores, StepResult, TensorSource
 from parallel.experts import METRICS, RouterTotals, routers_of
 from parallel.groups import megatron_coordinate
+from parallel.head import keep_hidden, loss_of_hidden, score_rows
 from parallel.inputs import Inputs, inputs_of_rank
-from parallel.loss import score_tokens
+from parallel.linear import SCALING, use_own_products
+from parallel.memory_errors import naming_memory_errors
 from parallel.mesh import Mesh
 from parallel.model import build_chunks, first_layer_of
 from parallel.optimizer import OptimizerShard, ShardedAdam, families_of
+from parallel.outcome import Outcome, begin_reading, result_of
 from parallel.state import pieces_of, read_range
 
 MASTER = "master/"
@@ -40,6 +43,9 @@ BUCKETS_TO_OVERLAP = 8
 
 class MegatronEngine:
     """See `Engine`. Megatron's groups must be those of the mesh (`groups.enter_mesh`) as long as the engine is used."""
+
+    _keeps_hidden = True
+    """The head is multiplied with together with the loss, not by the model."""
 
     def __init__(
         self, model: ModelConfig, engine: EngineConfig, optim: OptimConfig | None, mesh: Mesh, *, micro_batch: int
@@ -58,6 +64,8 @@ class MegatronEngine:
         with tensors_as_on_cuda():
             self._chunks = build_chunks(model, engine, mesh)
         self._parameters = dict(self._named_boxes(model))
+        if self._is_last and self._keeps_hidden:
+            keep_hidden(self._chunks[-1])
         self._families = families_of(parameter for chunk in self._chunks for parameter in chunk.parameters())
         self._num_layers = model.num_layers
         self._routers = [router for chunk in self._chunks for router in routers_of(chunk)]
@@ -65,8 +73,12 @@ class MegatronEngine:
         for router in self._routers:
             assert self._totals is not None
             router.totals = self._totals
+        if engine.compile:
+            compile_layers(self._chunks)
         self._models: list[Any] = self._chunks
         self._adams: list[Any] = []
+        self._accumulating: list[Any] = []
+        """Weights whose gradients are added to `main_grad` where they are computed, not by Megatron's hooks."""
         if optim is None:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
@@ -95,6 +107,10 @@ class MegatronEngine:
     def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[Any]]:
         """What the chunks are trained through, and an optimizer for each family of weights (see `ShardedAdam`)."""
         models = self._wrap_chunks()
+        self._accumulating = self._accumulate_in_products()
+        if self._engine.compile:
+            for wrapped in models:
+                gather_whole_layers(wrapped)
         return models, [ShardedAdam(models, family, self._engine, optim) for family in self._families]
 
     def _wrap_chunks(self) -> list[Any]:
@@ -118,50 +134,59 @@ class MegatronEngine:
             config.no_sync_func = no_sync if len(models) > 1 else no_sync[0]
         return models
 
+    def _accumulate_in_products(self) -> list[Any]:
+        weights: list[Any] = use_own_products(self._chunks, SCALING.get(self._engine.precision))
+        if self._is_last:
+            # Of tied weights the embedding gives a gradient by itself, which the hooks must add.
+            chunk = self._chunks[-1]
+            is_tied = chunk.pre_process and chunk.share_embeddings_and_output_weights
+            weights += [] if is_tied else [self._head_weight()]
+        return weights
+
     def step(
         self, micro_batches: Sequence[Batch], objective: Objective, *, learning_rate: float, stop: bool = False
     ) -> StepResult:
         """See `Engine.step`."""
         assert self._optim is not None, "an engine without optim only scores"
-        self._weigh_router_losses(micro_batches)
-        sums = self._accumulate(micro_batches, objective)
         names = objective.metric_names
-        all_names = names if self._totals is None else (*names, *METRICS)
-        total = torch.zeros(4 + len(all_names), dtype=torch.float64, device=self._device)
+        with naming_memory_errors("the forward and backward pass"):
+            self._weigh_router_losses(micro_batches)
+            sums = self._accumulate(micro_batches, objective)
+        with naming_memory_errors("the gradient norm"):
+            total = self._sum_over_world(sums, names, stop)
+            outcome = Outcome.of(total, clip_grad_norm=self._optim.clip_grad_norm)
+            read = begin_reading(outcome.report)
+        with naming_memory_errors("the optimizer's update"):
+            for adam in self._adams:
+                adam.step(outcome, learning_rate=learning_rate)
+        return result_of(read(), names if self._totals is None else (*names, *METRICS))
+
+    def _sum_over_world(self, sums: Sequence[LossSums], names: Sequence[str], stop: bool) -> Tensor:
+        """What `Outcome.of` wants, on the device; in the Megatron engine nothing here waits for it."""
+        num_sums = 4 + len(names)
+        num_router_sums = 0 if self._totals is None else len(METRICS)
+        total = torch.zeros(num_sums + num_router_sums, dtype=torch.float64, device=self._device)
         for adam in self._adams:
             total[0] += adam.gather_gradients()
         total[1] = float(stop)
         if self._is_last and self.coordinate.tensor == 0:
             for part in sums:
                 values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
-                total[2 : 4 + len(names)] += torch.stack([value.double() for value in values])
+                total[2:num_sums] += torch.stack([value.double() for value in values])
         if self._totals is not None:
-            total[4 + len(names) :] = self._totals.in_tokens() / self._num_layers
+            total[num_sums:] = self._totals.in_tokens() / self._num_layers
         dist.all_reduce(total)
-        squared_norm, asked_to_stop, loss, num_tokens, *metrics = total.tolist()
-        if num_tokens == 0:
-            raise ValueError("the global batch has no counted token")
-        result = StepResult(
-            loss=loss / num_tokens,
-            grad_norm=squared_norm**0.5 / num_tokens,
-            num_tokens=round(num_tokens),
-            metrics={name: value / num_tokens for name, value in zip(all_names, metrics, strict=True)},
-            stop=asked_to_stop > 0,
-        )
-        _check_finite(result)
-        limit = self._optim.clip_grad_norm
-        clip = min(1.0, limit / (result.grad_norm + 1e-6)) if limit > 0 else 1.0
-        for adam in self._adams:
-            adam.step(gradient_scale=clip / num_tokens, learning_rate=learning_rate)
-        return result
+        return total
 
     def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[LossSums]:
         """Gradients of the sum over micro-batches, reduced over data ranks; what the objective found, on the last."""
         for model in self._models:
             model.zero_grad_buffer()
+        for weight in self._accumulating:
+            weight.grad_added_to_main_grad = True
         for adam in self._adams:
             adam.zero_gradients()
-        return self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
+        return self._run(micro_batches, partial(self._training_loss, objective))
 
     def _weigh_router_losses(self, micro_batches: Sequence[Batch]) -> None:
         """Router losses are means over micro-batches, and gradients are divided by counted tokens: make up for it."""
@@ -179,7 +204,7 @@ class MegatronEngine:
         virtual = self._engine.mesh.virtual_pipeline > 1
         padding = -len(micro_batches) % self.mesh.pipeline if virtual else 0
         padded = [*micro_batches, *list(micro_batches[-1:]) * padding]
-        rows: list[Tensor] = self._run(padded, partial(_row_scores, self._tensor_group), forward_only=True)
+        rows: list[Tensor] = self._run(padded, self._row_scores, forward_only=True)
         for model in self._models:
             model.train()
 
@@ -227,6 +252,22 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         return outputs
+
+    def _training_loss(
+        self, objective: Objective, inputs: Inputs, hidden_BSD: Tensor
+    ) -> tuple[Tensor, Tensor, LossSums]:
+        sums = loss_of_hidden(objective, hidden_BSD, self._head_weight(), inputs, self._tensor_group)
+        return sums.loss, sums.num_tokens.int(), detached(sums)
+
+    def _row_scores(self, inputs: Inputs, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight_VD = self._head_weight() if self._keeps_hidden else None
+        rows_B3 = score_rows(hidden_BSD, weight_VD, inputs, self._tensor_group)
+        return rows_B3[:, 0].sum().float(), rows_B3[:, 2].sum().int(), rows_B3
+
+    def _head_weight(self) -> Tensor:
+        chunk = self._chunks[-1]
+        is_tied = chunk.share_embeddings_and_output_weights
+        return cast(Tensor, chunk.shared_embedding_or_output_weight() if is_tied else chunk.output_layer.weight)
 
     def _check_shapes(self, micro_batches: Sequence[Batch]) -> None:
         shapes = {batch.tokens_BS.shape for batch in micro_batches}
@@ -294,7 +335,7 @@ class MegatronEngine:
     def _state_of(self, shard: OptimizerShard) -> list[tuple[str, Tensor]]:
         """What a resume needs of a shard besides the weights, by prefix of its canonical name."""
         state = [(f"{name}/", moment) for name, moment in shard.moments.items()]
-        return [*state, (MASTER, shard.main)] if self._engine.precision == "bf16" else state
+        return [*state, (MASTER, shard.main)] if self._engine.weight_precision == "bf16" else state
 
     def _saves(self, parameter: Any) -> bool:
         """Whether this rank is among those that save a parameter which others hold as well."""
@@ -308,7 +349,7 @@ class MegatronEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._adams, self._families, self._routers = [], [], []
-        self._models, self._chunks, self._parameters = [], [], {}
+        self._models, self._chunks, self._parameters, self._accumulating = [], [], {}, []
         RotaryEmbedding.forward.cache_clear()  # keeps the last models' rotary modules alive
         gc.collect()  # hooks and parameters refer to each other
         if self._device.type == "cuda":
@@ -320,31 +361,6 @@ def _reduce_gradients(models: Sequence[Any], num_tokens: Tensor | None, **option
     finalize_model_grads(models, None, **options)
 
 
-def _training_loss(
-    objective: Objective, group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor
-) -> tuple[Tensor, Tensor, LossSums]:
-    sums = objective(logits_BSV, inputs.labels_BS, inputs.loss_mask_BS, group)
-    return sums.loss, sums.num_tokens.int(), detached(sums)
-
-
 def detached(sums: LossSums) -> LossSums:
     """What is reported: pipeline schedules free the loss they are given, so it has its own hold of the value."""
     return replace(sums, loss=sums.loss.detach())
-
-
-def _row_scores(group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = score_tokens(logits_BSV, inputs.labels_BS, group)
-    mask_BS = inputs.loss_mask_BS.double()
-    rows_B3 = torch.stack(
-        [(values * mask_BS).sum(dim=1) for values in (tokens.loss_BS, tokens.correct_BS, torch.ones_like(mask_BS))],
-        dim=1,
-    )
-    return tokens.loss_BS.sum(), mask_BS.sum().int(), rows_B3
-
-
-def _check_finite(result: StepResult) -> None:
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise FloatingPointError(
-            f"loss {result.loss}, gradient norm {result.grad_norm} over {result.num_tokens} tokens: not finite; "
-            "the step was not taken"
-        )

@@ -30,7 +30,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 def transformer_config(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> TransformerConfig:
     """Megatron's description of the model and its layout."""
-    dtype = DTYPES[engine.precision]
+    dtype = DTYPES[engine.weight_precision]
     virtual = engine.mesh.virtual_pipeline
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -54,7 +54,7 @@ def transformer_config(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> 
         perform_initialization=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=engine.precision == "bf16",
+        bf16=engine.weight_precision == "bf16",
         # Losses and gradients are sums over tokens; the engine divides by the global count.
         calculate_per_token_loss=True,
         tensor_model_parallel_size=mesh.tensor,
@@ -64,6 +64,8 @@ def transformer_config(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> 
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
+        # Waits for the device after every exchange, against a bug of torch before 2.0.
+        batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
         **RECOMPUTE[engine.recompute],
         **_experts_config(model, mesh),

@@ -22,6 +22,7 @@ from conf.schema import EngineConfig, OptimConfig
 from parallel import adam
 from parallel.boxes import share_of_replica
 from parallel.cpu import tensors_as_on_cuda
+from parallel.outcome import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +88,14 @@ class ShardedAdam:
 
     def __init__(self, chunks: Sequence[Any], family: Family, engine: EngineConfig, optim: OptimConfig) -> None:
         self.distributed = engine.zero_stage == 1
-        self.masters_apart = engine.precision == "bf16"
+        self.masters_apart = engine.weight_precision == "bf16"
         self.family = family
         self.adam: torch.optim.AdamW = adam.make_adam(family.parameters, optim)
         config = OptimizerConfig(
             optimizer="adam",
             lr=optim.learning_rate,
-            bf16=engine.precision == "bf16",
-            params_dtype=torch.bfloat16 if engine.precision == "bf16" else torch.float32,
+            bf16=engine.weight_precision == "bf16",
+            params_dtype=torch.bfloat16 if engine.weight_precision == "bf16" else torch.float32,
             use_distributed_optimizer=self.distributed,
             overlap_param_gather=self.distributed and engine.overlap,
         )
@@ -159,11 +160,12 @@ class ShardedAdam:
             return torch.zeros((), dtype=torch.float64)
         return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
-    def step(self, *, gradient_scale: float, learning_rate: float) -> None:
-        """Multiply the gradients, update, and bring the model's parameters up to date."""
-        gradients = [main.grad for main in adam.parameters_of(self.adam) if main.grad is not None]
-        torch._foreach_mul_(gradients, gradient_scale)
-        adam.set_learning_rate(self.adam, learning_rate)
+    def step(self, outcome: Outcome, *, learning_rate: float) -> None:
+        """Divide the gradients and update, or leave everything as it is, and bring the model's parameters up to date.
+
+        The kernel itself reads the divisor and whether to skip from the device.
+        """
+        adam.prepare_step(self.adam, divisor=outcome.divisor, skip=outcome.skip, learning_rate=learning_rate)
         self.wrapper.step_with_ready_grads()
 
     def set_num_steps(self, num_steps: int) -> None:

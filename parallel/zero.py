@@ -17,6 +17,7 @@ from torch import Tensor
 from conf.schema import OptimConfig
 from parallel import adam
 from parallel.optimizer import Family, OptimizerShard
+from parallel.outcome import Outcome
 
 
 class GuardedAdam(torch.optim.AdamW):
@@ -100,9 +101,15 @@ class ZeroAdam:
         norms = torch.stack(torch._foreach_norm([gradient.float() for gradient in counted]))
         return norms.double().square().sum() * self.family.group.size() ** 2
 
-    def step(self, *, gradient_scale: float, learning_rate: float) -> None:
-        """Multiply the summed gradients, update, and bring the model's parameters up to date."""
-        self.inner.gradient_scale = gradient_scale * self.family.group.size()
+    def step(self, outcome: Outcome, *, learning_rate: float) -> None:
+        """Divide the summed gradients, update, and bring the model's parameters up to date; or leave all as it is.
+
+        Waits for the device: DeepSpeed's steps are steered from the host.
+        """
+        divisor, skip = torch.stack((outcome.divisor, outcome.skip)).tolist()
+        if skip:
+            return
+        self.inner.gradient_scale = self.family.group.size() / divisor
         adam.set_learning_rate(self.inner, learning_rate)
         self._step_engine()
 

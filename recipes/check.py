@@ -2,9 +2,9 @@
 
 A rule is a small function `(config, machine) -> Iterator[Problem]`; all of them are asked, and what they find is raised
 at once. They live in `rules_layout.py` (model, batch and axes), `rules_engine.py` (what a backend offers),
-`rules_experts.py` (mixtures of experts), `rules_stages.py` (stages and what they refer to), `rules_place.py` (this
-machine, its disks and the cluster), `rules_data.py` (storage, tiers, shuffling) and `rules_slurm.py` (what is asked of
-Slurm). Fields on their own are checked when they are decoded.
+`rules_experts.py` (mixtures of experts), `rules_precision.py` (fp8), `rules_stages.py` (stages and what they refer to),
+`rules_place.py` (this machine, its disks and the cluster), `rules_data.py` (storage, tiers, shuffling) and
+`rules_slurm.py` (what is asked of Slurm). Fields on their own are checked when they are decoded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from math import gcd
 
 from conf.errors import ConfigError, Problem
 from conf.schema import RunConfig
-from recipes import rules_data, rules_engine, rules_experts, rules_layout, rules_place, rules_slurm, rules_stages
+from recipes import (
+    rules_data,
+    rules_engine,
+    rules_experts,
+    rules_layout,
+    rules_place,
+    rules_precision,
+    rules_slurm,
+    rules_stages,
+)
 from recipes.machine import Machine
 from recipes.rules_layout import mesh_of
 from recipes.rules_place import CPU_RANK_BYTES, uses_gpu
@@ -24,6 +33,7 @@ RULES = (
     *rules_layout.RULES,
     *rules_engine.RULES,
     *rules_experts.RULES,
+    *rules_precision.RULES,
     *rules_place.RULES,
     *rules_data.RULES,
     *rules_slurm.RULES,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from conf.schema import ModelConfig, PretrainStage, TrainingConfig
+from parallel.attention_kernel import attention_kernel
 from parallel.engine import TensorSource, make_engine
 from parallel.initial import InitialWeights
+from parallel.memory_errors import StepOutOfMemoryError, naming_memory_errors
 from parallel.mesh import Mesh
+from recipes.fitting import advice
 from recipes.stage import StageInput, StageOutput, tokenizer_identity
 from train.checkpoint import Parent, Provenance
 from train.loop import StageJob, TrainingLoop
@@ -27,10 +30,19 @@ def train_stage(
     initial: TensorSource,
     parents: tuple[Parent, ...],
 ) -> StageOutput:
-    """Train `model` from `initial` and pass on the last checkpoint."""
+    """Train `model` from `initial` and pass on the last checkpoint.
+
+    Raises:
+        StepOutOfMemoryError: with changes that would fit.
+    """
     context = given.context
     engine_config = context.config.engine
-    engine = make_engine(model, engine_config, training.optim, mesh_of(given), micro_batch=training.micro_batch)
+    print(f"-- stage {given.name}: attention by {attention_kernel().name}, {engine_config.precision}", flush=True)
+    try:
+        with naming_memory_errors("building the model and its optimizer"):
+            engine = make_engine(model, engine_config, training.optim, mesh_of(given), micro_batch=training.micro_batch)
+    except StepOutOfMemoryError as error:
+        raise error.followed_by(advice(context.config, given.name, error.capacity_bytes)) from error
     try:
         job = StageJob(
             name=given.name,
@@ -50,6 +62,8 @@ def train_stage(
             ),
         )
         outcome, checkpoint = TrainingLoop(context, job, engine, initial).run()
+    except StepOutOfMemoryError as error:
+        raise error.followed_by(advice(context.config, given.name, error.capacity_bytes)) from error
     finally:
         engine.close()
     return StageOutput(outcome, checkpoint)

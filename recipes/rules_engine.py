@@ -89,10 +89,27 @@ def experts_are_offered(config: RunConfig, machine: Machine) -> Iterator[Problem
         )
 
 
+def compilation_and_fp8_are_offered(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Compiled layers and fp8 products are put into the model where gradients are Megatron's."""
+    engine = config.engine
+    if engine.backend == "deepspeed" and engine.compile:
+        yield Problem(
+            "engine.compile",
+            "is not offered with DeepSpeed, which gathers and reduces by hooks within the layers. "
+            "Set engine.compile=false, or engine=megatron.",
+        )
+    if engine.backend == "deepspeed" and engine.precision.startswith("fp8"):
+        yield Problem(
+            "engine.precision",
+            f"{engine.precision} is not offered with DeepSpeed. Set engine.precision=bf16, or engine=megatron.",
+        )
+
+
 RULES = (
     backend_is_installed,
     zero_stage_is_offered,
     pipeline_is_offered,
     offloading_is_offered,
     experts_are_offered,
+    compilation_and_fp8_are_offered,
 )

@@ -49,10 +49,10 @@ def state_bytes(config: RunConfig) -> int:
     dense = (layers // mesh.pipeline + ends) // mesh.tensor
     experts = experts // (mesh.pipeline * mesh.tensor * mesh.expert)
     parameters = dense + experts
-    weights = 2 if engine.precision == "bf16" else 4
+    weights = 2 if engine.weight_precision == "bf16" else 4
     if not trainings_of(config):
         return parameters * weights
-    gradients, adam = 4, 12 if engine.precision == "bf16" else 8
+    gradients, adam = 4, 12 if engine.weight_precision == "bf16" else 8
     if engine.offload_optimizer != "none" and config.cluster.device != "cpu":
         adam = 0
     from_stage = ((1, adam), (2, gradients), (3, weights))
@@ -65,7 +65,7 @@ def state_bytes(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """About what one checkpoint takes on disk: weights, master weights and Adam's two moments."""
-    return config.model.num_parameters * ((2 if config.engine.precision == "bf16" else 4) + 12)
+    return config.model.num_parameters * ((2 if config.engine.weight_precision == "bf16" else 4) + 12)
 
 
 def ports_are_free(config: RunConfig, machine: Machine) -> Iterator[Problem]:

@@ -49,7 +49,7 @@ MESH = Mesh()
 def engine_config(precision: str, **changes: object) -> EngineConfig:
     settings = {
         "backend": "megatron",
-        "mesh": MeshConfig(tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=1),
+        "mesh": MeshConfig(tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=1, expert=1),
         "precision": precision,
         "sequence_parallel": False,
         "zero_stage": 1,
@@ -105,6 +105,113 @@ def test_bf16_follows_fp32_and_learns_its_batch_by_heart():
 @pytest.mark.parametrize("changes", [{"recompute": "full"}, {"recompute": "selective"}, {"overlap": False}], ids=str)
 def test_saving_memory_or_waiting_does_not_change_the_numbers(changes):
     assert losses(engine_config("bf16", **changes)) == pytest.approx(losses(engine_config("bf16")), abs=1e-3)
+
+
+def test_compiled_layers_take_the_same_steps():
+    assert losses(engine_config("fp32", compile=True)) == pytest.approx(losses(engine_config("fp32")), abs=1e-4)
+    assert losses(engine_config("bf16", compile=True)) == pytest.approx(losses(engine_config("bf16")), abs=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_rowwise"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_fp8_follows_bf16(precision, is_compiled):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    found = losses(engine_config(precision, compile=is_compiled))
+    assert found == pytest.approx(losses(engine_config("bf16")), abs=0.1)
+    assert found[-1] < found[0] - 0.5
+
+
+def test_weight_gradient_is_added_in_the_epilogue_of_the_product():
+    from parallel.linear import accumulate_product
+
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
+    gradient = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    main_grad = torch.randn(256, 128, device="cuda")
+    expected = main_grad.double() + gradient.double().t() @ inputs.double()
+    accumulate_product(inputs, gradient, main_grad)
+    # Float32 all the way: a bf16 product in between would be off by 0.1.
+    torch.testing.assert_close(main_grad.double(), expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", ["tensorwise", "rowwise"])
+def test_fp8_products_are_near_the_exact_ones(scaling):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    from parallel.linear import fp8_product
+
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(256, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    main_grad = torch.zeros(256, 128, device="cuda")
+    output = fp8_product(inputs, weight, main_grad, scaling)
+    output.backward(gradient)
+    for found, exact in (
+        (output, inputs.double() @ weight.double().t()),
+        (inputs.grad, gradient.double() @ weight.double()),
+        (main_grad, gradient.double().t() @ inputs.double()),
+    ):
+        assert (found.double() - exact).norm() < 0.1 * exact.norm()
+
+
+def test_the_device_never_waits_for_the_host_in_a_step():
+    """CUDA itself refuses every synchronising call but the wait for the outcome's own event."""
+    from parallel.engine import make_engine
+    from parallel.initial import InitialWeights
+    from parallel.loss import CrossEntropy
+
+    engine = make_engine(MODEL, engine_config("bf16"), OPTIM, MESH, micro_batch=2)
+    engine.load_weights(InitialWeights(MODEL, 0))
+    engine.step([batch()], CrossEntropy(), learning_rate=1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.step([batch()], CrossEntropy(), learning_rate=1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        engine.close()
+
+
+def test_step_that_is_not_finite_changes_nothing():
+    from parallel.engine import make_engine
+    from parallel.initial import InitialWeights
+    from parallel.loss import CrossEntropy
+
+    engine = make_engine(MODEL, engine_config("bf16"), OPTIM, MESH, micro_batch=2)
+    engine.load_weights(InitialWeights(MODEL, 0))
+    engine.step([batch()], CrossEntropy(), learning_rate=1e-3)
+    before = [piece.tensor.clone() for piece in [*engine.weights(), *engine.optimizer_state()]]
+    with pytest.raises(FloatingPointError):
+        engine.step([batch()], CrossEntropy(z_loss=float("inf")), learning_rate=1e-3)
+    after = [piece.tensor for piece in [*engine.weights(), *engine.optimizer_state()]]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    engine.close()
+
+
+def test_logits_of_a_whole_batch_are_never_there():
+    """Peak memory of the head and loss, forward and back, stays below bf16 logits of all tokens."""
+    from parallel.head import loss_of_hidden
+    from parallel.inputs import Inputs
+    from parallel.loss import LOGIT_BYTES, CrossEntropy
+
+    num_tokens, hidden, vocabulary = 32_768, 64, 65_536
+    states = torch.randn(1, num_tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(vocabulary, hidden, device="cuda", dtype=torch.bfloat16))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(vocabulary, hidden, device="cuda"), True
+    labels = torch.randint(vocabulary, (1, num_tokens), device="cuda")
+    inputs = Inputs(labels, labels, torch.ones(1, num_tokens, device="cuda"), labels)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss_of_hidden(CrossEntropy(), states, weight, inputs, torch.distributed.group.WORLD).loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 5 * LOGIT_BYTES < 2 * num_tokens * vocabulary
+    assert weight.main_grad.abs().sum() > 0
+
+
+def test_attention_kernel_is_the_one_of_the_rule():
+    from parallel.attention_kernel import TORCH_DECIDES, attention_kernel
+
+    assert (attention_kernel() != TORCH_DECIDES) == (torch.cuda.get_device_capability()[0] in (9, 10))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,11 @@ WRONG = [
     ("engine.mesh.data.x=1", "engine.mesh.data", ["is a mapping", "whole number"]),
     ("stages.specialise.training.tokens=12B", "stages.specialise.training.tokens", ["'12B'", "e.g. 4096 or 60e9"]),
     ("engine.overlap=1", "engine.overlap", ["is 1", "true or false"]),
-    ("engine.precision=bf61", "engine.precision", ["must be 'fp32' or 'bf16'", "Did you mean 'bf16'"]),
+    (
+        "engine.precision=bf61",
+        "engine.precision",
+        ["must be 'fp32', 'bf16', 'fp8' or 'fp8_rowwise'", "Did you mean 'bf16'"],
+    ),
     ("action=chek", "action", ["'run', 'check', 'plan' or 'dry_run'", "Did you mean 'check'"]),
     ("scale=ful", "scale", ["'rehearsal' or 'full'", "Did you mean 'full'"]),
     ("runs_dir=null", "runs_dir", ["is null", "must be text"]),

@@ -28,7 +28,8 @@ def parameters() -> list[torch.nn.Parameter]:
 def take_steps(optimizer: torch.optim.AdamW, matrix: torch.Tensor, norm: torch.Tensor, steps: range) -> None:
     for step in steps:
         matrix.grad, norm.grad = torch.full_like(matrix, 0.1 * step - 0.2), torch.full_like(norm, 0.3 - 0.1 * step)
-        adam.set_learning_rate(optimizer, 1e-2 * (step + 1))
+        one = torch.tensor(1.0)
+        adam.prepare_step(optimizer, divisor=one, skip=1 - one, learning_rate=1e-2 * (step + 1))
         optimizer.step()
 
 
@@ -67,6 +68,32 @@ def test_restored_moments_and_step_count_continue_to_the_last_bit():
     adam.set_num_steps(second, 3)
     take_steps(second, *stopped, range(3, 6))
     assert all(torch.equal(one, other) for one, other in zip(straight, stopped, strict=True))
+
+
+def test_gradients_are_divided_within_the_step():
+    ours, theirs = parameters(), parameters()
+    divided, scaled = adam.make_adam(ours, OPTIM), adam.make_adam(theirs, OPTIM)
+    adam.make_state(divided)
+    for parameter, other in zip(ours, theirs, strict=True):
+        parameter.grad, other.grad = torch.full_like(parameter, 3.0), torch.full_like(parameter, 0.75)
+    adam.prepare_step(divided, divisor=torch.tensor(4.0), skip=torch.tensor(0.0), learning_rate=1e-2)
+    divided.step()
+    scaled.step()
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_skipped_step_changes_nothing_not_even_the_count():
+    matrix, norm = parameters()
+    before = matrix.detach().clone(), norm.detach().clone()
+    optimizer = adam.make_adam([matrix, norm], OPTIM)
+    adam.make_state(optimizer)
+    matrix.grad, norm.grad = torch.full_like(matrix, float("nan")), torch.ones_like(norm)
+    adam.prepare_step(optimizer, divisor=torch.tensor(1.0), skip=torch.tensor(1.0), learning_rate=1e-2)
+    optimizer.step()
+    assert torch.equal(matrix, before[0]) and torch.equal(norm, before[1])
+    for parameter in (matrix, norm):
+        assert optimizer.state[parameter]["step"] == 0
+        assert all((moment == 0).all() for moment in adam.moments_of(optimizer, parameter).values())
 
 
 @pytest.mark.parametrize("name", adam.MOMENTS)

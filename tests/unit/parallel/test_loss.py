@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from parallel import loss
 from parallel.loss import CrossEntropy, score_tokens
 
 
@@ -72,3 +74,40 @@ def test_bf16_logits_are_scored_in_float32_and_get_bf16_gradients():
     torch.testing.assert_close(scores.loss_BS, score_tokens(half.detach().float(), labels, None).loss_BS)
     scores.loss_BS.sum().backward()
     assert half.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("logit_bytes", [1, 4 * 2 * 11 * 3, 10**9])
+def test_slices_change_nothing(monkeypatch, logit_bytes):
+    logits, labels, mask = inputs()
+    whole, sliced = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = CrossEntropy(z_loss=0.3)(whole, labels, mask, None)
+    expected.loss.backward()
+    monkeypatch.setattr(loss, "LOGIT_BYTES", logit_bytes)
+    sums = CrossEntropy(z_loss=0.3)(sliced, labels, mask, None)
+    sums.loss.backward()
+    assert torch.equal(sums.loss, expected.loss)
+    assert torch.equal(sliced.grad, whole.grad)
+
+
+def test_no_float32_copy_of_all_logits_is_made(monkeypatch):
+    """Seen from torch itself: every float32 tensor that an operation returns is below the limit."""
+    monkeypatch.setattr(loss, "LOGIT_BYTES", 64 * 512 * 4)
+    logits = torch.randn(1, 512, 512, dtype=torch.bfloat16, requires_grad=True)
+    with LargestFloat() as largest:
+        CrossEntropy(z_loss=0.1)(
+            logits, torch.zeros(1, 512, dtype=torch.int64), torch.ones(1, 512), None
+        ).loss.backward()
+    assert 0 < largest.num_bytes <= 64 * 512 * 4
+
+
+class LargestFloat(TorchDispatchMode):
+    """Watches results of operations."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, torch.Tensor) and each.dtype == torch.float32:
+                self.num_bytes = max(self.num_bytes, each.numel() * each.element_size())
+        return result

@@ -82,3 +82,8 @@ def test_fewer_micro_batches_than_pipeline_ranks_is_warned_of_with_the_bubble(ba
     # Three micro-batches pass four ranks: of six turns each rank works in three.
     assert "3 micro-batches" in warned["stages.specialise.training.global_batch"]
     assert "50 %" in warned["stages.specialise.training.global_batch"]
+
+
+def test_deepspeed_neither_compiles_layers_nor_multiplies_in_fp8():
+    assert_told(deepspeed(engine__compile=True), "engine.compile", "DeepSpeed", "engine=megatron")
+    assert_told(deepspeed(engine__precision="fp8"), "engine.precision", "not offered with DeepSpeed")

@@ -1,0 +1,120 @@
+"""What makes a step fast does not change it: compiled layers, sliced logits, fp8 products; and memory that runs out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks, smaller_world
+from tiny import MICRO_BATCH, MODEL, OPTIM, TIED, Layout, batches, train
+
+from conf.schema import ModelConfig
+from parallel import loss
+from parallel.engine import Engine, LossSums, make_engine
+from parallel.initial import InitialWeights
+from parallel.loss import CrossEntropy
+from parallel.memory_errors import StepOutOfMemoryError
+
+LIMIT_SECONDS = 240.0
+pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
+NUM_STEPS = 8
+SHARDED = Layout(zero_stage=1, overlap=True)
+
+
+class Greedy(CrossEntropy):
+    """An objective that asks for more memory than there is."""
+
+    def __call__(self, *args: Any) -> LossSums:
+        torch.empty(2**60, dtype=torch.uint8)
+        return super().__call__(*args)
+
+
+def everything() -> dict[str, Any]:
+    """Run on each of two ranks."""
+    from parallel import groups
+
+    found: dict[str, Any] = {}
+    layout = Layout(tensor=2)
+    groups.enter_mesh(layout.mesh)
+    for name, model in (("untied", MODEL), ("tied", TIED)):
+        found[f"tensor {name}"] = _curve(layout, model)
+        found[f"tensor {name} sliced"] = _sliced(layout, model)
+    groups.leave_mesh()
+    with smaller_world(1, "alone") as inside:
+        if inside:
+            groups.enter_mesh(Layout().mesh)
+            found["plain"] = _curve(SHARDED)
+            found["compiled"] = _curve(SHARDED, compile=True)
+            found["compiled graphs"] = dict(torch._dynamo.utils.counters["stats"])["unique_graphs"]
+            found["compiled breaks"] = list(torch._dynamo.utils.counters["graph_break"])
+            for precision in ("bf16", "fp8", "fp8_rowwise"):
+                found[precision] = _curve(SHARDED, precision=precision)
+            found["memory"] = _run_out_of_memory()
+            groups.leave_mesh()
+    return found
+
+
+def _engine(layout: Layout, model: ModelConfig = MODEL, **changes: Any) -> Engine:
+    engine = make_engine(model, replace(layout.engine, **changes), OPTIM, layout.mesh, micro_batch=MICRO_BATCH)
+    engine.load_weights(InitialWeights(model, 1))
+    return engine
+
+
+def _curve(layout: Layout, model: ModelConfig = MODEL, **changes: Any) -> list[float]:
+    engine = _engine(layout, model, **changes)
+    steps = train(engine, range(NUM_STEPS))
+    scored = engine.score(batches(1000, engine.mesh, 0)).loss_B.sum().item()
+    engine.close()
+    return [*(step.loss for step in steps), *(step.grad_norm for step in steps), scored / 100]
+
+
+def _sliced(layout: Layout, model: ModelConfig) -> list[float]:
+    limit = loss.LOGIT_BYTES
+    loss.LOGIT_BYTES = 4 * MICRO_BATCH * model.vocab_size // 2 * 5  # five of the 32 tokens of a row
+    try:
+        return _curve(layout, model)
+    finally:
+        loss.LOGIT_BYTES = limit
+
+
+def _run_out_of_memory() -> tuple[str, list[float]]:
+    engine = _engine(SHARDED)
+    with pytest.raises(StepOutOfMemoryError) as raised:
+        engine.step(batches(0, engine.mesh, 0), Greedy(), learning_rate=1.0)
+    after = [step.loss for step in train(engine, range(3))]
+    engine.close()
+    return raised.value.part, after
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return run_ranks(everything, 2, limit_seconds=LIMIT_SECONDS)[0]
+
+
+def test_compiled_layers_take_the_same_steps(found):
+    assert found["compiled"] == pytest.approx(found["plain"], abs=1e-5)
+
+
+def test_layers_share_one_whole_graph(found):
+    # One for training and one for scoring, each without a break, for all four layers.
+    assert found["compiled graphs"] == 2
+    assert found["compiled breaks"] == []
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_head_asked_slice_by_slice_takes_the_same_steps(found, name):
+    assert found[f"tensor {name} sliced"] == pytest.approx(found[f"tensor {name}"], abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_rowwise"])
+def test_fp8_losses_stay_near_those_of_bf16(found, precision):
+    assert found[precision][:NUM_STEPS] == pytest.approx(found["bf16"][:NUM_STEPS], rel=0.01)
+    assert found[precision] != found["bf16"]
+
+
+def test_step_that_ran_out_of_memory_is_named_and_changed_nothing(found):
+    part, losses = found["memory"]
+    assert part == "the forward and backward pass"
+    assert losses == found["plain"][:3]
