@@ -171,6 +171,24 @@ class Dataset:
             ids += shard.ids[first:last].to_pylist()
         return ids
 
+    def document_numbers(self, split: Split, start: int, count: int) -> range:
+        """Numbers of the documents that tokens [start, start + count) are of.
+
+        Raises:
+            DataError: a shard is missing or damaged.
+            IndexError: the range is outside the split.
+        """
+        self._check_range(split, start, count)
+        first, last = (self._document_at(split, token) for token in (start, start + count - 1))
+        return range(first, last + 1)
+
+    def _document_at(self, split: Split, token: int) -> int:
+        index = self._splits[split]
+        number = int(np.searchsorted(index.first_token, token, side="right")) - 1
+        offsets = self._shard(index.entry(number)).offsets
+        row = int(np.searchsorted(offsets, token - int(index.first_token[number]), side="right")) - 1
+        return int(index.first_document[number]) + row
+
     def _check_range(self, split: Split, start: int, count: int) -> None:
         if start < 0 or count < 1 or start + count > self.num_tokens(split):
             raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens(split)} in {split}")

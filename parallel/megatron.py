@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from parallel.boxes import Box, share_of_replica
 from parallel.cpu import adapt_megatron, tensors_as_on_cuda
 from parallel.engine import LossSums, Objective, Piece, RowScores, StepResult, TensorSource
 from parallel.groups import megatron_coordinate
+from parallel.importance import Importance, Observer
 from parallel.inputs import Inputs, inputs_of_rank
 from parallel.loss import score_tokens
 from parallel.mesh import Mesh
@@ -31,6 +32,7 @@ from parallel.model import build_chunks, first_layer_of
 from parallel.optimizer import OptimizerShard, ShardedAdam
 from parallel.state import pieces_of, read_range
 
+T = TypeVar("T")
 MASTER = "master/"
 # At most Megatron's default; at least so many buckets a chunk that a reduction can overlap with computation.
 LARGEST_BUCKET = 40_000_000
@@ -48,6 +50,7 @@ class MegatronEngine:
         self.coordinate = mesh.coordinate(dist.get_rank())
         assert self.coordinate == megatron_coordinate(), "Megatron's groups are of another mesh"
         self.num_parameters = weight_names.num_parameters(model)
+        self._model = model
         self._engine = engine
         self._optim = optim
         self._micro_batch = micro_batch
@@ -104,15 +107,22 @@ class MegatronEngine:
         return models
 
     def step(
-        self, micro_batches: Sequence[Batch], objective: Objective, *, learning_rate: float, stop: bool = False
+        self,
+        micro_batches: Sequence[Batch],
+        objective: Objective | Sequence[Objective],
+        *,
+        learning_rate: float,
+        stop: bool = False,
     ) -> StepResult:
         """See `Engine.step`."""
         assert self._adam is not None and self._optim is not None, "an engine without optim only scores"
+        objectives = objective if isinstance(objective, Sequence) else [objective] * len(micro_batches)
         for model in self._models:
             model.zero_grad_buffer()
         self._adam.zero_gradients()
-        sums: list[LossSums] = self._run(micro_batches, partial(_training_loss, objective, self._tensor_group))
-        names = objective.metric_names
+        losses = [partial(_training_loss, each, self._tensor_group) for each in objectives]
+        sums: list[LossSums] = self._run(micro_batches, losses)
+        names = objectives[0].metric_names
         total = torch.zeros(4 + len(names), dtype=torch.float64, device=self._device)
         squares = self._adam.gather_gradients()
         if self._adam.distributed or self._replica == 0:
@@ -142,22 +152,13 @@ class MegatronEngine:
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Batch]) -> RowScores:
         """See `Engine.score`."""
-        for model in self._models:
-            model.eval()  # no activation recomputation
-        # The interleaved schedule takes multiples of the pipeline size; what is added is dropped again.
-        virtual = self._engine.mesh.virtual_pipeline > 1
-        padding = -len(micro_batches) % self.mesh.pipeline if virtual else 0
-        padded = [*micro_batches, *list(micro_batches[-1:]) * padding]
-        rows: list[Tensor] = self._run(padded, partial(_row_scores, self._tensor_group), forward_only=True)
-        for model in self._models:
-            model.train()
-
+        rows: list[Tensor] = self._look(micro_batches, partial(_row_scores, self._tensor_group))
         num_rows = len(micro_batches) * self._micro_batch
         table = torch.zeros(self.mesh.data, num_rows, 3, dtype=torch.float64, device=self._device)
         ids = torch.zeros(self.mesh.data, num_rows, dtype=torch.int64, device=self._device)
         mine = self.coordinate.data
         if self._is_last and self.coordinate.tensor == 0:
-            table[mine] = torch.cat(rows)[:num_rows]  # a context rank's part of the sequence
+            table[mine] = torch.cat(rows)  # a context rank's part of the sequence
             if self.coordinate.context == 0:
                 ids[mine] = torch.cat([torch.from_numpy(batch.sample_ids_B) for batch in micro_batches])
         dist.all_reduce(table)
@@ -165,30 +166,70 @@ class MegatronEngine:
         loss_B, correct_B, num_tokens_B = table.view(-1, 3).cpu().unbind(1)
         return RowScores(sample_ids_B=ids.view(-1).cpu(), loss_B=loss_B, correct_B=correct_B, num_tokens_B=num_tokens_B)
 
+    @torch.inference_mode()
+    def predict(self, micro_batches: Sequence[Batch], read: Callable[[Tensor, dist.ProcessGroup], T]) -> list[T]:
+        """See `Engine.predict`."""
+        return self._look(micro_batches, partial(_reading, read, self._tensor_group))
+
+    @torch.no_grad()
+    def observe(self, micro_batches: Sequence[Batch]) -> Importance:
+        """See `Engine.observe`."""
+        split = self._engine.sequence_parallel
+        context = parallel_state.get_context_parallel_group()
+        observer = Observer(
+            self._model,
+            self._device,
+            sequence_group=parallel_state.get_tensor_and_context_parallel_group() if split else context,
+            context_group=context,
+            num_micro_batches=len(micro_batches),
+        )
+        with observer.watching(self._chunks, tensor_rank=self.coordinate.tensor):
+            self._look(micro_batches, partial(_reading, _nothing, self._tensor_group))
+        is_first = self.coordinate.context == 0
+        return observer.importance(
+            counts_whole=is_first and self.coordinate.tensor == 0,
+            counts_slices=is_first,
+            num_rows=len(micro_batches) * self._micro_batch * self.mesh.data,
+        )
+
+    def _look(self, micro_batches: Sequence[Batch], loss: Callable[[Inputs, Tensor], Any]) -> list[Any]:
+        """Forward passes only, without activation recomputation; returns as `_run`."""
+        for model in self._models:
+            model.eval()
+        # The interleaved schedule takes multiples of the pipeline size; what is added is dropped again.
+        virtual = self._engine.mesh.virtual_pipeline > 1
+        padding = -len(micro_batches) % self.mesh.pipeline if virtual else 0
+        padded = [*micro_batches, *list(micro_batches[-1:]) * padding]
+        found = self._run(padded, [loss] * len(padded), forward_only=True)
+        for model in self._models:
+            model.train()
+        return found[: len(micro_batches)]
+
     def _run(
         self,
         micro_batches: Sequence[Batch],
-        loss: Callable[[Inputs, Tensor], Any],
+        losses: Sequence[Callable[[Inputs, Tensor], Any]],
         *,
         forward_only: bool = False,
     ) -> list[Any]:
         """Put micro-batches through Megatron's schedule.
 
         Returns:
-            On the last pipeline rank what `loss` returned third for each micro-batch; else nothing.
+            On the last pipeline rank what each loss returned third for its micro-batch; else nothing.
         """
         self._check_shapes(micro_batches)
         inputs = [inputs_of_rank(batch, self.mesh, self.coordinate, self._device) for batch in micro_batches]
+        pairs = list(zip(inputs, losses, strict=True))
         virtual = self._engine.mesh.virtual_pipeline
 
-        def forward(iterator: Iterator[Inputs], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            given = next(iterator)
+        def forward(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            given, loss = next(iterator)
             return model(given.tokens_BS, given.position_ids_BS, None), partial(loss, given)
 
         schedule = get_forward_backward_func(self.mesh.pipeline, virtual if virtual > 1 else None)
         outputs: list[Any] = schedule(
             forward_step_func=forward,
-            data_iterator=[iter(inputs) for _ in range(virtual)],
+            data_iterator=[iter(pairs) for _ in range(virtual)],
             model=self._models,
             num_microbatches=len(inputs),
             seq_length=micro_batches[0].tokens_BS.shape[1],
@@ -305,6 +346,18 @@ def _training_loss(
     sums = objective(logits_BSV, inputs.labels_BS, inputs.loss_mask_BS, group)
     # Pipeline schedules free the loss they are given; what is reported must have its own hold of the value.
     return sums.loss, sums.num_tokens.int(), replace(sums, loss=sums.loss.detach())
+
+
+def _reading(
+    read: Callable[[Tensor, dist.ProcessGroup], Any], group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor
+) -> tuple[Tensor, Tensor, Any]:
+    # Schedules of forward passes want a loss and a count and use neither.
+    nothing = logits_BSV.new_zeros(())
+    return nothing, nothing.int(), read(logits_BSV, group)
+
+
+def _nothing(logits_BSV: Tensor, group: dist.ProcessGroup) -> None:
+    return None
 
 
 def _row_scores(group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from train.checkpoint import Checkpoint
 from train.loop import score_documents, stream_of_stage
 from train.metrics import MetricsWriter
 from train.rundir import run_of
-from train.scores import DocumentScores
+from train.scores import DocumentScores, Estimate
 
 Scores = dict[tuple[str, str], DocumentScores]
 
@@ -33,11 +33,12 @@ def evaluate(given: StageInput, stage: EvaluateStage) -> StageOutput:
         scores |= score_model(given, stage, name)
     if given.context.is_first:
         if stage.ngram_order:
-            for name in stage.models:
+            for name in stage.ngram_models:
                 scores |= score_baseline(given, stage, name)
         metrics = MetricsWriter(given.context.run.metrics_file)
         write_evaluations(metrics, given.name, scores)
         write_comparisons(metrics, given.name, stage, scores)
+        write_targets(given, metrics, stage, scores)
     return StageOutput("finished", None)
 
 
@@ -145,10 +146,14 @@ def write_evaluations(metrics: MetricsWriter, name: str, scores: Scores) -> None
 
 
 def write_comparisons(metrics: MetricsWriter, name: str, stage: EvaluateStage, scores: Scores) -> None:
-    """Every model against each model named before it, and against the n-gram that saw what it saw."""
+    """Every model against those it is compared with, and against the n-gram that saw what it saw."""
     for source in stage.sources:
         for position, model in enumerate(stage.models):
-            for baseline in [*stage.models[:position], baseline_name(stage, model)]:
+            if stage.comparisons is None:
+                baselines = stage.models[:position]
+            else:
+                baselines = stage.comparisons.get(model, ())
+            for baseline in [*baselines, baseline_name(stage, model)]:
                 if (baseline, source) not in scores:
                     continue
                 gain = scores[model, source].gain_over(scores[baseline, source])
@@ -161,3 +166,28 @@ def write_comparisons(metrics: MetricsWriter, name: str, stage: EvaluateStage, s
                     gain=gain.mean,
                     standard_error=gain.standard_error,
                 )
+
+
+def write_targets(given: StageInput, metrics: MetricsWriter, stage: EvaluateStage, scores: Scores) -> None:
+    """What was promised beside what was reached, with its error."""
+    for name, target in stage.targets.items():
+        if target.quantity == "size":
+            sizes = [given.open_model(model).manifest.provenance.model for model in (target.model, target.baseline)]
+            value = Estimate(sizes[0].num_parameters / sizes[1].num_parameters, 0.0)
+        else:
+            value = scores[target.model, target.source].accuracy_over(scores[target.baseline, target.source])
+        least, most = target.at_least, target.at_most
+        limit = least if least is not None else most
+        assert limit is not None, "a target has a limit (recipes/rules_compression.py)"
+        metrics.write(
+            "target",
+            stage=given.name,
+            name=name,
+            model=target.model,
+            baseline=target.baseline,
+            source="" if target.quantity == "size" else target.source,
+            value=value.mean,
+            standard_error=value.standard_error,
+            limit=limit,
+            met=value.mean >= limit if least is not None else value.mean <= limit,
+        )

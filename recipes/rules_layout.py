@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from conf.errors import Problem
-from conf.schema import EvaluateStage, PretrainStage, RunConfig, SpecialiseStage, TrainingConfig
+from conf.schema import EvaluateStage, RunConfig, TrainingConfig, TrainingStage
 from parallel.mesh import Mesh
 from recipes.machine import Machine
 
@@ -23,9 +23,7 @@ def mesh_of(config: RunConfig) -> Mesh:
 def trainings_of(config: RunConfig) -> dict[str, TrainingConfig]:
     """The stages of the order that train: name -> its training."""
     stages = {name: config.stages[name] for name in config.order if name in config.stages}
-    return {
-        name: stage.training for name, stage in stages.items() if isinstance(stage, PretrainStage | SpecialiseStage)
-    }
+    return {name: stage.training for name, stage in stages.items() if isinstance(stage, TrainingStage)}
 
 
 def nearest_multiples(value: int, size: int) -> str:
@@ -154,8 +152,8 @@ def sequences_fit(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         pieces = math.lcm(pieces, mesh.context * mesh.tensor)
     for name in config.order:
         match config.stages.get(name):
-            case PretrainStage(training=training) | SpecialiseStage(training=training):
-                path, length = f"stages.{name}.training.sequence_length", training.sequence_length
+            case stage if isinstance(stage, TrainingStage):
+                path, length = f"stages.{name}.training.sequence_length", stage.training.sequence_length
             case EvaluateStage(sequence_length=length):
                 path = f"stages.{name}.sequence_length"
             case _:

@@ -146,10 +146,7 @@ def state_fits_in_memory(config: RunConfig, machine: Machine) -> Iterator[Proble
     """Weights, gradients and optimizer fit, even before activations."""
     mesh, need = mesh_of(config), state_bytes(config)
     if uses_gpu(config, machine):
-        if config.cluster.kind == "local":
-            have = machine.gpu_memory_bytes
-        else:
-            have = int(GPU_BYTES.get(config.budget.gpu, 0))
+        have = gpu_bytes(config, machine)
         if not have or need <= have:
             return
         yield Problem(
@@ -171,19 +168,34 @@ def state_fits_in_memory(config: RunConfig, machine: Machine) -> Iterator[Proble
         )
 
 
-def _layout_that_fits(config: RunConfig, have: int) -> str:
-    mesh = config.engine.mesh
-    world_size = mesh_of(config).world_size
+def gpu_bytes(config: RunConfig, machine: Machine) -> int:
+    """Memory of one GPU the run uses; 0 where there is none or it is not known."""
+    if not uses_gpu(config, machine):
+        return 0
+    return machine.gpu_memory_bytes if config.cluster.kind == "local" else int(GPU_BYTES.get(config.budget.gpu, 0))
+
+
+def with_mesh(config: RunConfig, mesh: MeshConfig) -> RunConfig:
+    """The same run with other axes."""
+    return replace(config, engine=replace(config.engine, mesh=mesh))
+
+
+def other_layouts(config: RunConfig) -> Iterator[MeshConfig]:
+    """Axes for the same number of ranks, those with the fewest tensor and pipeline ranks first."""
+    mesh, world_size = config.engine.mesh, mesh_of(config).world_size
     for tensor in divisors(math.gcd(MOST_TENSOR_RANKS, config.model.num_kv_heads)):
         for pipeline in divisors(config.model.num_layers):
             data, rest = divmod(world_size, tensor * pipeline * mesh.context)
-            if rest or not data:
-                continue
-            other = MeshConfig(tensor=tensor, pipeline=pipeline, context=mesh.context, data=data, virtual_pipeline=1)
-            at = replace(config, engine=replace(config.engine, mesh=other))
-            if (least := state_bytes(at)) <= have:
-                layout = f"engine.mesh.tensor={tensor} engine.mesh.pipeline={pipeline}"
-                return f"{layout} would need {byte_size(least)}, before activations."
+            if data and not rest:
+                yield MeshConfig(tensor=tensor, pipeline=pipeline, context=mesh.context, data=data, virtual_pipeline=1)
+
+
+def _layout_that_fits(config: RunConfig, have: int) -> str:
+    world_size = mesh_of(config).world_size
+    for other in other_layouts(config):
+        if (least := state_bytes(with_mesh(config, other))) <= have:
+            layout = f"engine.mesh.tensor={other.tensor} engine.mesh.pipeline={other.pipeline}"
+            return f"{layout} would need {byte_size(least)}, before activations."
     return f"No layout of {world_size} ranks fits this model; use more GPUs or a smaller one."
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import CheckpointError
+from conf.schema import StageConfig
 from data.shards import Dataset
-from train.checkpoint import Checkpoint
+from recipes.rules_compression import is_control
+from train.checkpoint import Checkpoint, Parent
 from train.metrics import MetricsWriter
 from train.rundir import RunDir
 from train.worker import RankContext, RankOutcome
@@ -59,12 +61,23 @@ class StageInput:
             CheckpointError: it was trained with another tokenizer than this run's data.
         """
         assert self.incoming is not None, "a stage that needs a model comes after one that makes it (recipes/check.py)"
-        checkpoint = Checkpoint.open(self.incoming)
+        return self._open(self.incoming)
+
+    def open_model(self, name: str | None) -> Checkpoint:
+        """An earlier stage's model by name (`init`: what the recipe started from; None: the incoming one).
+
+        Raises:
+            CheckpointError: it was trained with another tokenizer than this run's data.
+        """
+        return self.open_incoming() if name is None else self._open(self.model_of(name))
+
+    def _open(self, path: Path) -> Checkpoint:
+        checkpoint = Checkpoint.open(path)
         saved = checkpoint.manifest.provenance.tokenizer
         tokenizer = tokenizer_identity(self.datasets)
         if saved != tokenizer:
             raise CheckpointError(
-                f"{self.incoming} was trained with tokenizer {saved[:12]}, and this run's data is tokenised with "
+                f"{path} was trained with tokenizer {saved[:12]}, and this run's data is tokenised with "
                 f"{tokenizer[:12]}: token ids would mean other words. Set data.tokenizer to the model's own."
             )
         return checkpoint
@@ -78,9 +91,19 @@ class StageOutput:
     checkpoint: Path | None
 
 
+def parent_of(checkpoint: Checkpoint) -> Parent:
+    """The checkpoint as lineage names it."""
+    return Parent(path=str(checkpoint.path), manifest_sha256=checkpoint.manifest_sha256)
+
+
 def open_datasets(run: RunDir) -> dict[str, Dataset]:
     """The prepared sources of a run, as its driver wrote them down."""
     return {name: Dataset.open(path) for name, path in json.loads(run.datasets_file.read_text()).items()}
+
+
+def passes_on(stage: StageConfig) -> bool:
+    """Whether the recipe goes on with what the stage makes; not so where it was made to be compared with."""
+    return not is_control(stage)
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:

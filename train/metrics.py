@@ -12,6 +12,10 @@ Every record has `kind` and `time` (unix seconds). Written by the driver (D) or 
     evaluation (R/D)   stage, model, source, loss, standard_error, accuracy, accuracy_standard_error, num_tokens,
                        num_documents        (model is a stage's name, `init`, or a baseline such as `bigram`)
     comparison (R/D)   stage, model, baseline, source, gain (nats a token, positive is better), standard_error
+    candidate (R)      stage, the shape (num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_kv_heads),
+                       num_parameters, size_ratio (to the parent, in what is cut), importance_kept, loss,
+                       standard_error (over rows), seconds      (the first of a stage is the parent itself)
+    target (R)         stage, name, model, baseline, source, value, standard_error, limit, met
     export (R)         stage, path, num_bytes
     stage_ended (R)    stage, seconds
     message (D/R)      level (info, warning, error), text
@@ -140,6 +144,41 @@ class Comparison(TypedDict):
     standard_error: float
 
 
+class Candidate(TypedDict):
+    """A shape that a pruning stage tried, before any recovery."""
+
+    kind: Literal["candidate"]
+    time: NotRequired[float]
+    stage: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    num_parameters: int
+    size_ratio: float
+    importance_kept: float
+    loss: float
+    standard_error: float
+    seconds: float
+
+
+class Target(TypedDict):
+    """What was promised, and what was reached."""
+
+    kind: Literal["target"]
+    time: NotRequired[float]
+    stage: str
+    name: str
+    model: str
+    baseline: str
+    source: str
+    value: float
+    standard_error: float
+    limit: float
+    met: bool
+
+
 class Export(TypedDict):
     """A model directory was written."""
 
@@ -186,6 +225,8 @@ Record = (
     | Checkpoint
     | Evaluation
     | Comparison
+    | Candidate
+    | Target
     | Export
     | StageEnded
     | Message

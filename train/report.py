@@ -15,7 +15,7 @@ from pathlib import Path
 
 from conf import load
 from conf.errors import UserError
-from conf.schema import PretrainStage, RunConfig, SpecialiseStage
+from conf.schema import RunConfig, TrainingStage
 from train.facts import facts
 from train.metrics import FILE_NAME, read
 from train.quantities import byte_size, count, duration, estimate, percent
@@ -134,11 +134,7 @@ def _learning(config: RunConfig, summary: RunSummary) -> str:
     # matplotlib takes a second to import; whoever only follows a run never needs it.
     from train.report_plots import curve_figure, loss_figure
 
-    clip = {
-        stage.training.optim.clip_grad_norm
-        for stage in config.stages.values()
-        if isinstance(stage, PretrainStage | SpecialiseStage)
-    }
+    clip = {stage.training.optim.clip_grad_norm for stage in config.stages.values() if isinstance(stage, TrainingStage)}
     limit = clip.pop() if len(clip) == 1 else None
     curves = (
         ("Learning rate", curve_figure(summary, "learning_rate", colour="source-2", from_zero=True)),
