@@ -102,10 +102,10 @@ class FromTeacher:
         return [replace(self.objective, teacher=teacher) for teacher in found]
 
 
-def read_teacher(temperature: float, top_k: int) -> Callable[[Tensor, dist.ProcessGroup], TeacherLogits]:
+def read_teacher(temperature: float, top_k: int) -> Callable[[Tensor, dist.ProcessGroup | None], TeacherLogits]:
     """What to keep of a teacher's logits; for `Engine.predict`."""
 
-    def read(logits_BSV: Tensor, group: dist.ProcessGroup) -> TeacherLogits:
+    def read(logits_BSV: Tensor, group: dist.ProcessGroup | None) -> TeacherLogits:
         scaled_BSV = logits_BSV / temperature if temperature != 1.0 else logits_BSV
         log_partition_BS = _log_partition(scaled_BSV, group)
         if top_k == 0:
@@ -116,11 +116,11 @@ def read_teacher(temperature: float, top_k: int) -> Callable[[Tensor, dist.Proce
     return read
 
 
-def largest_logits(logits_BSV: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def largest_logits(logits_BSV: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """The `count` largest logits of the whole vocabulary and their token ids, the same on every tensor rank."""
     size = logits_BSV.size(-1)
     values, ids = logits_BSV.topk(min(count, size), dim=-1)
-    if group.size() > 1:
+    if group is not None and group.size() > 1:
         ids = ids + size * group.rank()
         every = [torch.empty_like(values) for _ in range(group.size())]
         every_id = [torch.empty_like(ids) for _ in range(group.size())]
@@ -134,12 +134,12 @@ def largest_logits(logits_BSV: Tensor, count: int, group: dist.ProcessGroup) -> 
 def divergence_of(
     student_BSV: Tensor,
     teacher: TeacherLogits,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     *,
     direction: Literal["forward", "reverse"],
     temperature: float,
 ) -> Tensor:
-    """KL divergence of each token in nats, float32, shape BS, differentiable in the student's logits.
+    """KL divergence of each token at that temperature, in nats, float32, shape BS; differentiable in `student_BSV`.
 
     With the k largest logits only, what the teacher gives to other tokens is left out of the sum, not spread over them.
 
@@ -162,7 +162,7 @@ class _Divergence(torch.autograd.Function):
         ctx: Any,
         student_BSV: Tensor,
         teacher: TeacherLogits,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         direction: str,
         temperature: float,
     ) -> Tensor:
@@ -194,11 +194,11 @@ class _Divergence(torch.autograd.Function):
 
 
 def _over_largest(
-    log_student_BSV: Tensor, log_teacher_BSK: Tensor, ids_BSK: Tensor, group: dist.ProcessGroup
+    log_student_BSV: Tensor, log_teacher_BSK: Tensor, ids_BSK: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Forward divergence over the teacher's k largest, and its gradient in the student's scaled logits."""
     size = log_student_BSV.size(-1)
-    here_BSK = ids_BSK - size * group.rank()
+    here_BSK = ids_BSK - size * (0 if group is None else group.rank())
     elsewhere_BSK = (here_BSK < 0) | (here_BSK >= size)
     here_BSK = here_BSK.masked_fill(elsewhere_BSK, 0)
     probability_BSK = log_teacher_BSK.exp()
@@ -210,7 +210,7 @@ def _over_largest(
     return divergence_BS, gradient_BSV
 
 
-def _log_partition(logits_BSV: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _log_partition(logits_BSV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     largest_BS = logits_BSV.amax(dim=-1).float()
     _reduce(largest_BS, dist.ReduceOp.MAX, group)
     sums_BS = (logits_BSV.float() - largest_BS.unsqueeze(-1)).exp_().sum(dim=-1)
