@@ -181,7 +181,7 @@ def provenance() -> Provenance:
         mesh=MeshConfig(tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=NUM_RANKS),
         precision="fp32",
         sequence_parallel=False,
-        distributed_optimizer=False,
+        zero_stage=0,
         overlap=False,
         recompute="none",
     )

@@ -99,10 +99,10 @@ class EngineConfig(Strict):
     precision: Precision
     sequence_parallel: bool
     """Split norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
-    distributed_optimizer: bool
-    """Split optimizer state over the data (and context) axis, ZeRO-1."""
+    zero_stage: Literal[0, 1, 2, 3]
+    """Split over the data (and context) ranks: 1 optimizer state, 2 gradients as well, 3 weights as well."""
     overlap: bool
-    """Overlap gradient reduction (and parameter gathering of the distributed optimizer) with computation."""
+    """Overlap gradient reduction (and gathering of split weights) with computation."""
     recompute: Literal["none", "selective", "full"]
 
 

@@ -92,8 +92,8 @@ class MegatronEngine:
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=engine.overlap,
-            overlap_param_gather=engine.overlap and engine.distributed_optimizer,
-            use_distributed_optimizer=engine.distributed_optimizer,
+            overlap_param_gather=engine.overlap and engine.zero_stage == 1,
+            use_distributed_optimizer=engine.zero_stage == 1,
             bucket_size=min(LARGEST_BUCKET, -(-num_elements // BUCKETS_TO_OVERLAP)),
         )
         models = [

@@ -48,7 +48,7 @@ class ShardedAdam:
     """AdamW over the wrapped (DDP) chunks of a model."""
 
     def __init__(self, chunks: Sequence[Any], engine: EngineConfig, optim: OptimConfig) -> None:
-        self.distributed = engine.distributed_optimizer
+        self.distributed = engine.zero_stage == 1
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         self.adam = adam.make_adam(parameters, optim)
         config = OptimizerConfig(
@@ -56,8 +56,8 @@ class ShardedAdam:
             lr=optim.learning_rate,
             bf16=engine.precision == "bf16",
             params_dtype=torch.bfloat16 if engine.precision == "bf16" else torch.float32,
-            use_distributed_optimizer=engine.distributed_optimizer,
-            overlap_param_gather=engine.distributed_optimizer and engine.overlap,
+            use_distributed_optimizer=self.distributed,
+            overlap_param_gather=self.distributed and engine.overlap,
         )
         with tensors_as_on_cuda():
             self.wrapper = self._wrap(chunks, config)

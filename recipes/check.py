@@ -1,9 +1,9 @@
 """Everything about a run that can be known to be wrong before anything is launched.
 
 A rule is a small function `(config, machine) -> Iterator[Problem]`; all of them are asked, and what they find is raised
-at once. They live in `rules_layout.py` (model, batch and axes), `rules_stages.py` (stages and what they refer to),
-`rules_compression.py` (pruning and distillation) and `rules_place.py` (this machine, its disks and the cluster). Fields
-on their own are checked when they are decoded.
+at once. They live in `rules_layout.py` (model, batch and axes), `rules_engine.py` (what a backend offers),
+`rules_stages.py` (stages and what they refer to), `rules_compression.py` (pruning and distillation) and
+`rules_place.py` (this machine, its disks and the cluster). Fields on their own are checked when they are decoded.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from dataclasses import replace
 
 from conf.errors import ConfigError, Problem
 from conf.schema import RunConfig
-from recipes import rules_compression, rules_layout, rules_place, rules_stages
+from recipes import rules_compression, rules_engine, rules_layout, rules_place, rules_stages
 from recipes.machine import Machine
 from recipes.rules_layout import mesh_of
 from recipes.rules_place import CPU_RANK_BYTES, uses_gpu
 
-_RULES_OF = (rules_stages, rules_layout, rules_compression, rules_place)
-RULES = tuple(rule for module in _RULES_OF for rule in module.RULES)
-WARNINGS = tuple(rule for module in _RULES_OF for rule in module.WARNINGS)
+RULES = (
+    *rules_stages.RULES,
+    *rules_layout.RULES,
+    *rules_engine.RULES,
+    *rules_compression.RULES,
+    *rules_place.RULES,
+)
+WARNINGS = (*rules_stages.WARNINGS, *rules_layout.WARNINGS, *rules_compression.WARNINGS, *rules_place.WARNINGS)
 
 
 def check(config: RunConfig, machine: Machine) -> None:

@@ -49,8 +49,10 @@ def state_bytes(config: RunConfig) -> int:
     if not trainings_of(config):
         return parameters * weights
     gradients, adam = 4, 12 if engine.precision == "bf16" else 8
-    shards = mesh.data * mesh.context if engine.distributed_optimizer else 1
-    return parameters * (weights + gradients) + parameters * adam // shards
+    shards = mesh.data * mesh.context
+    split = {"adam": 1, "gradients": 2, "weights": 3}  # from which ZeRO stage on
+    held = {"adam": adam, "gradients": gradients, "weights": weights}
+    return sum(parameters * held[part] // (shards if engine.zero_stage >= split[part] else 1) for part in held)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

@@ -28,6 +28,7 @@ should be equal can be compared to the last bit. JSON has no NaN or infinity; th
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import json
 import math
@@ -245,7 +246,6 @@ class MetricsWriter:
         """
         self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._after_torn_line = self._ends_inside_a_line()
 
     def write(self, kind: str, **fields: object) -> None:
         """Append one record; `time` is added.
@@ -262,12 +262,16 @@ class MetricsWriter:
         _check(kind, fields)
         timed = {"kind": kind, "time": time.time(), **fields}
         line = json.dumps(_finite(timed), allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        if self._after_torn_line:
-            line = b"\n" + line
-        # One write on an O_APPEND descriptor: lines of several processes never interleave.
-        num_written = os.write(self._descriptor, line)
-        self._after_torn_line = num_written < len(line)
-        if self._after_torn_line:
+        # Appending alone keeps lines apart only on local disks, and what another process is in the middle of writing
+        # looks like a line it was killed in. The lock goes with the process, however it ends.
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        try:
+            if self._ends_inside_a_line():
+                line = b"\n" + line
+            num_written = os.write(self._descriptor, line)
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        if num_written < len(line):
             raise OSError(errno.ENOSPC, f"wrote {num_written} of {len(line)} bytes", str(self.path))
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ PROVENANCE = Provenance(
         mesh=MeshConfig(tensor=NUM_RANKS, context=1, pipeline=1, virtual_pipeline=1, data=1),
         precision="fp32",
         sequence_parallel=False,
-        distributed_optimizer=True,
+        zero_stage=1,
         overlap=False,
         recompute="none",
     ),

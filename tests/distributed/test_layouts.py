@@ -34,14 +34,14 @@ FP32 = {
     "context": Layout(context=2),
     "data": Layout(data=2),
     "data-overlap": Layout(data=2, overlap=True),
-    "data-sharded": Layout(data=2, distributed_optimizer=True, overlap=True),
+    "data-sharded": Layout(data=2, zero_stage=1, overlap=True),
     "tensor x pipeline x data": Layout(
-        tensor=2, pipeline=2, data=2, sequence_parallel=True, distributed_optimizer=True, overlap=True
+        tensor=2, pipeline=2, data=2, sequence_parallel=True, zero_stage=1, overlap=True
     ),
 }
 # Fewer steps: what is wrong with a combination shows at once.
 COMBINED = {
-    "context-sharded": Layout(context=2, distributed_optimizer=True),
+    "context-sharded": Layout(context=2, zero_stage=1),
     "context x tensor": Layout(context=2, tensor=2, sequence_parallel=True),
     "context x pipeline": Layout(context=2, pipeline=2),
     "pipeline 4": Layout(pipeline=4, recompute="full"),
@@ -53,25 +53,25 @@ BF16 = {
     "tensor": Layout(tensor=2, sequence_parallel=True, precision="bf16"),
     "pipeline": Layout(pipeline=2, precision="bf16"),
     "context": Layout(context=2, precision="bf16"),
-    "data-sharded": Layout(data=2, distributed_optimizer=True, overlap=True, precision="bf16"),
+    "data-sharded": Layout(data=2, zero_stage=1, overlap=True, precision="bf16"),
     "tensor x pipeline x data": replace(FP32["tensor x pipeline x data"], precision="bf16"),
 }
 TIED_FP32 = {
     "tensor": Layout(tensor=2),
     "pipeline": Layout(pipeline=2),
-    "interleaved-sharded": Layout(pipeline=2, virtual_pipeline=2, data=2, distributed_optimizer=True, overlap=True),
+    "interleaved-sharded": Layout(pipeline=2, virtual_pipeline=2, data=2, zero_stage=1, overlap=True),
 }
 # A run that is stopped every five steps and goes on with half the ranks.
 SHRINKING = (
     FP32["tensor x pipeline x data"],
     Layout(pipeline=2, data=2),
-    Layout(tensor=2, data=1, distributed_optimizer=True),
+    Layout(tensor=2, data=1, zero_stage=1),
     Layout(),
 )
 RESUMED = {
-    "sharded bf16": Layout(data=2, distributed_optimizer=True, overlap=True, precision="bf16"),
+    "sharded bf16": Layout(data=2, zero_stage=1, overlap=True, precision="bf16"),
     "tensor bf16": Layout(tensor=2, precision="bf16"),
-    "pipeline fp32": Layout(pipeline=2, data=2, distributed_optimizer=True),
+    "pipeline fp32": Layout(pipeline=2, data=2, zero_stage=1),
 }
 
 
@@ -126,7 +126,7 @@ def _runs_of_size(size: int, found: dict[str, Any]) -> None:
         if layout.mesh.world_size == size:
             found[f"shrinking/{part}"] = _on_mesh(layout, _continue, found.get("state"), part, found)
     if size == 4:
-        layout = Layout(tensor=2, data=2, distributed_optimizer=True)
+        layout = Layout(tensor=2, data=2, zero_stage=1)
         found["not finite"] = _on_mesh(layout, _blow_up)
         found["two engines"] = _on_mesh(Layout(tensor=2, pipeline=2), _teacher_and_student)
 

@@ -56,7 +56,7 @@ class Layout:
     virtual_pipeline: int = 1
     data: int = 1
     sequence_parallel: bool = False
-    distributed_optimizer: bool = False
+    zero_stage: int = 0
     overlap: bool = False
     precision: str = "fp32"
     recompute: str = "none"
@@ -78,7 +78,7 @@ class Layout:
             ),
             precision=self.precision,  # type: ignore[arg-type]
             sequence_parallel=self.sequence_parallel,
-            distributed_optimizer=self.distributed_optimizer,
+            zero_stage=self.zero_stage,  # type: ignore[arg-type]
             overlap=self.overlap,
             recompute=self.recompute,  # type: ignore[arg-type]
         )

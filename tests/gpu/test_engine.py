@@ -52,7 +52,7 @@ def engine_config(precision: str, **changes: object) -> EngineConfig:
         "mesh": MeshConfig(tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=1),
         "precision": precision,
         "sequence_parallel": False,
-        "distributed_optimizer": True,
+        "zero_stage": 1,
         "overlap": True,
         "recompute": "none",
     }

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def run_in(runs_dir: Path, recipe: str) -> Path | None:
@@ -120,6 +120,18 @@ def pids_of_ranks(run: Path) -> list[int]:
     """Process ids of the newest attempt, by rank."""
     logs = sorted((run / "logs").glob("rank-*.log"))
     return [int(re.findall(r"process (\d+)", log.read_text())[-1]) for log in logs]
+
+
+@contextmanager
+def held(run: Path, *, rank: int) -> Iterator[None]:
+    """The run stands still for the block: one rank is stopped, and the others wait for it in their next collective."""
+    pid = pids_of_ranks(run)[rank]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def is_alive(pid: int) -> bool:

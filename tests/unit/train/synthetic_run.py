@@ -81,7 +81,7 @@ def run_config(num_steps: int = 120) -> RunConfig:
         mesh=MeshConfig(tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=None),
         precision="fp32",
         sequence_parallel=False,
-        distributed_optimizer=True,
+        zero_stage=1,
         overlap=True,
         recompute="none",
     )

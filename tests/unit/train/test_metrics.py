@@ -74,6 +74,19 @@ def test_lines_of_two_processes_never_mix(tmp_path: Path) -> None:
     assert len(path.read_bytes().splitlines()) == 2 * count
 
 
+def test_opening_in_the_middle_of_another_write_takes_no_line_for_torn(tmp_path: Path) -> None:
+    path, count = tmp_path / "metrics.jsonl", 100
+    with subprocess.Popen([sys.executable, "-c", APPENDER, str(path), "a", str(20 * count)]) as appender:
+        while not path.exists():
+            assert appender.poll() is None
+        for _ in range(count):
+            with MetricsWriter(path) as writer:
+                say(writer, "b")
+        assert appender.wait(timeout=60) == 0
+    assert path.read_bytes().count(b"\n") == 21 * count
+    assert b"\n\n" not in path.read_bytes()
+
+
 @given(loss=st.floats(), metric=st.floats(), mfu=st.none() | st.floats())
 def test_every_number_comes_back_to_the_last_bit_and_every_line_is_json(
     tmp_path_factory: pytest.TempPathFactory, loss: float, metric: float, mfu: float | None
@@ -100,6 +113,16 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
         file.write(b'{"kind":"message","text":"to')
     assert texts(read(path)) == ["before"]
     with MetricsWriter(path) as writer:
+        say(writer, "after")
+    assert texts(read(path)) == ["before", "after"]
+
+
+def test_a_line_another_process_was_killed_in_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        say(writer, "before")
+        with path.open("ab") as file:
+            file.write(b'{"kind":"message","text":"to')
         say(writer, "after")
     assert texts(read(path)) == ["before", "after"]
 
