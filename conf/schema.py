@@ -342,9 +342,11 @@ class EvaluateStage(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportStage(Strict):
-    """Write the incoming model as a Hugging Face directory."""
+    """Write models as Hugging Face directories."""
 
     kind: Literal["export"]
+    models: tuple[str, ...]
+    """Earlier stages, each written to `export/NAME`; none: the incoming model, to `export`."""
     precision: Precision
 
 

@@ -24,12 +24,20 @@ FILE_BYTES = 5 * 2**30
 
 
 def export(given: StageInput, stage: ExportStage) -> StageOutput:
-    """Write the directory; files are shared out over the ranks, and no rank holds more than one file's tensors."""
+    """Write a directory for each model."""
     given.announce(stage.kind)
+    root = given.context.run.export
+    if not stage.models:
+        write_model(given, stage, given.open_incoming(), root)
+    for name in stage.models:
+        write_model(given, stage, given.open_model(name), root / name)
+    return StageOutput("finished", None)
+
+
+def write_model(given: StageInput, stage: ExportStage, checkpoint: Checkpoint, directory: Path) -> None:
+    """Write one; files are shared out over the ranks, and no rank holds more than one file's tensors."""
     context = given.context
-    checkpoint = given.open_incoming()
-    directory = context.run.export
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     files = plan_files(checkpoint, DTYPES[stage.precision].itemsize)
     for index, (file, names) in enumerate(files.items()):
         if index % context.place.world_size == context.place.rank:
@@ -37,14 +45,13 @@ def export(given: StageInput, stage: ExportStage) -> StageOutput:
             save_file(tensors, directory / file, metadata={"format": "pt"})
     dist.barrier()
     if context.is_first:
-        write_companions(given, checkpoint, files, DTYPES[stage.precision])
+        write_companions(given, checkpoint, directory, files, DTYPES[stage.precision])
         MetricsWriter(context.run.metrics_file).write(
             "export",
             stage=given.name,
             path=str(directory),
-            num_bytes=sum(file.stat().st_size for file in directory.iterdir()),
+            num_bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
         )
-    return StageOutput("finished", None)
 
 
 def plan_files(checkpoint: Checkpoint, itemsize: int) -> dict[str, list[str]]:
@@ -70,10 +77,9 @@ def whole_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def write_companions(
-    given: StageInput, checkpoint: Checkpoint, files: dict[str, list[str]], dtype: torch.dtype
+    given: StageInput, checkpoint: Checkpoint, directory: Path, files: dict[str, list[str]], dtype: torch.dtype
 ) -> None:
     """Everything beside the weights."""
-    directory = given.context.run.export
     model = checkpoint.manifest.provenance.model
     if len(files) > 1:
         shapes = checkpoint.weights.shapes()

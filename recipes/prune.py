@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -173,7 +174,7 @@ class Search:
                 grid=grid_of(self.given.context.config, config.hidden_multiple, config.ffn_multiple),
             )
         }
-        return sorted(shapes, key=lambda shape: -self.kept(shape))
+        return most_promising_first({shape: self.kept(shape) for shape in shapes})
 
     def kept(self, shape: ModelConfig) -> float:
         """Share of the importance a shape keeps."""
@@ -236,6 +237,20 @@ class Search:
             f"stages.{self.given.name}.search.removed, set search.cut=mixed, smaller hidden_multiple and ffn_multiple, "
             "or cut in several prune and recover stages."
         )
+
+
+def most_promising_first(kept: Mapping[ModelConfig, float]) -> list[ModelConfig]:
+    """Of each width and depth the shape that keeps most, then the second of each, and so on.
+
+    What is kept tells shapes of one width apart well; channels and neurons it weighs against each other badly.
+    """
+    seen: Counter[tuple[int, int]] = Counter()
+    ranked: list[tuple[int, float, ModelConfig]] = []
+    for shape in sorted(kept, key=lambda shape: -kept[shape]):
+        width = (shape.hidden_size, shape.num_layers)
+        ranked.append((seen[width], -kept[shape], shape))
+        seen[width] += 1
+    return [shape for _, _, shape in sorted(ranked, key=lambda entry: entry[:2])]
 
 
 def agreed(seconds: float) -> float:

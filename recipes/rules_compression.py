@@ -14,6 +14,7 @@ from conf.schema import (
     DistillationConfig,
     DistillStage,
     EvaluateStage,
+    ExportStage,
     PruneStage,
     RecoverStage,
     RunConfig,
@@ -85,6 +86,8 @@ def named_models_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]
                 named = {f"{path}.model": stage.model, f"{path}.shape_of": stage.shape_of}
             case RecoverStage() | DistillStage():
                 named = {f"{path}.distillation.teacher": stage.distillation.teacher}
+            case ExportStage():
+                named = {f"{path}.models": model for model in stage.models if model not in earlier}
             case ControlStage():
                 named = {f"{path}.model": stage.model, f"{path}.flops_of": stage.flops_of}
             case _:

@@ -118,7 +118,7 @@ def summarise(records: Sequence[Record]) -> RunSummary:
             case "checkpoint":
                 checkpoints[record["stage"], record["step"]] = record
             case "export":
-                exports[record["stage"]] = record
+                exports[record["path"]] = record
             case "message":
                 messages.append(record)
     return RunSummary(
