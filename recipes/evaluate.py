@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from conf import load
-from conf.schema import EvaluateStage
+from conf.schema import EvaluateStage, RunConfig
 from data.held_out import held_out_batches
 from data.ngram import NGram
 from parallel.engine import make_engine
 from recipes.pretrain import mesh_of
+from recipes.rules_compression import present
 from recipes.stage import StageInput, StageOutput, open_datasets
 from train.checkpoint import Checkpoint
 from train.loop import score_documents, stream_of_stage
@@ -28,6 +29,7 @@ Scores = dict[tuple[str, str], DocumentScores]
 def evaluate(given: StageInput, stage: EvaluateStage) -> StageOutput:
     """Write an `evaluation` record for every model and source, and a `comparison` for every pair that matters."""
     given.announce(stage.kind)
+    stage = without_the_missing(given.context.config, stage)
     scores: Scores = {}
     for name in stage.models:
         scores |= score_model(given, stage, name)
@@ -40,6 +42,24 @@ def evaluate(given: StageInput, stage: EvaluateStage) -> StageOutput:
         write_comparisons(metrics, given.name, stage, scores)
         write_targets(given, metrics, stage, scores)
     return StageOutput("finished", None)
+
+
+def without_the_missing(config: RunConfig, stage: EvaluateStage) -> EvaluateStage:
+    """The stage without models whose stages are left out of the order."""
+
+    def are_present(*names: str) -> bool:
+        return present(config, names) == names
+
+    comparisons = stage.comparisons
+    if comparisons is not None:
+        comparisons = {model: present(config, names) for model, names in comparisons.items() if are_present(model)}
+    return dataclasses.replace(
+        stage,
+        models=present(config, stage.models),
+        ngram_models=present(config, stage.ngram_models),
+        comparisons=comparisons,
+        targets={name: each for name, each in stage.targets.items() if are_present(each.model, each.baseline)},
+    )
 
 
 def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conf.schema import ExportStage, ModelConfig
 from recipes.model_card import model_card
+from recipes.rules_compression import present
 from recipes.stage import StageInput, StageOutput
 from train.checkpoint import Checkpoint
 from train.metrics import MetricsWriter
@@ -27,9 +28,10 @@ def export(given: StageInput, stage: ExportStage) -> StageOutput:
     """Write a directory for each model."""
     given.announce(stage.kind)
     root = given.context.run.export
-    if not stage.models:
+    models = present(given.context.config, stage.models)
+    if not models:
         write_model(given, stage, given.open_incoming(), root)
-    for name in stage.models:
+    for name in models:
         write_model(given, stage, given.open_model(name), root / name)
     return StageOutput("finished", None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 
 from conf.errors import Problem
@@ -48,6 +48,14 @@ def stages_of(config: RunConfig) -> Iterator[tuple[str, StageConfig]]:
     return ((name, config.stages[name]) for name in config.order if name in config.stages)
 
 
+def present(config: RunConfig, names: Iterable[str]) -> tuple[str, ...]:
+    """Models of these names that there will be: stages that are left out of the order are passed over.
+
+    So a recipe can name all its models and be run in part; `stages_left_out` tells which are missing.
+    """
+    return tuple(name for name in names if name not in config.stages or name in config.order)
+
+
 def distillation_of(stage: StageConfig) -> DistillationConfig | None:
     """How a stage learns from a teacher, where it does."""
     return stage.distillation if isinstance(stage, RecoverStage | DistillStage) else None
@@ -87,7 +95,7 @@ def named_models_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]
             case RecoverStage() | DistillStage():
                 named = {f"{path}.distillation.teacher": stage.distillation.teacher}
             case ExportStage():
-                named = {f"{path}.models": model for model in stage.models if model not in earlier}
+                named = {f"{path}.models": model for model in present(config, stage.models) if model not in earlier}
             case ControlStage():
                 named = {f"{path}.model": stage.model, f"{path}.flops_of": stage.flops_of}
             case _:

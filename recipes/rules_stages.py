@@ -9,7 +9,7 @@ from conf.errors import Problem
 from conf.faults import did_you_mean
 from conf.schema import EvaluateStage, PretrainStage, RunConfig
 from recipes.machine import Machine
-from recipes.rules_compression import is_control, makes_a_model
+from recipes.rules_compression import is_control, makes_a_model, present
 from recipes.rules_layout import trainings_of
 
 
@@ -64,9 +64,10 @@ def evaluated_models_exist(config: RunConfig, machine: Machine) -> Iterator[Prob
         earlier = [each for each in config.order[:position] if each in made]
         possible = (["init"] if config.init is not None else []) + earlier
         listed = f"[{','.join(possible)}]"
-        if not stage.models:
+        models = present(config, stage.models)
+        if not models:
             yield Problem(path, f"is empty; there is nothing to score. Possible here: {listed}.")
-        for model, count in Counter(stage.models).items():
+        for model, count in Counter(models).items():
             if count > 1:
                 yield Problem(path, f"'{model}' comes {count} times; name each model once.")
             if model in possible:
