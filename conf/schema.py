@@ -304,6 +304,21 @@ class ControlStage(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QuantiseStage(Strict):
+    """Round an earlier model to INT8; the recipe goes on with the model it had."""
+
+    kind: Literal["quantise"]
+    model: str
+    """Earlier stage, or `init`."""
+    scheme: Literal["w8a16", "w8a8"]
+    """w8a16: weights. w8a8: weights, and the inputs of linear layers as they come."""
+    most_cost: NonNegativeFloat | None
+    """A layer that alone raises the loss by more nats a token stays as it was; null: all are rounded."""
+    calibration: CalibrationConfig
+    """Text that cost is measured on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TargetConfig(Strict):
     """A promise about one model next to another."""
 
@@ -351,7 +366,9 @@ class ExportStage(Strict):
 
 
 TrainingStage = PretrainStage | SpecialiseStage | RecoverStage | DistillStage | ControlStage
-StageConfig = Annotated[TrainingStage | PruneStage | EvaluateStage | ExportStage, Field(discriminator="kind")]
+StageConfig = Annotated[
+    TrainingStage | PruneStage | QuantiseStage | EvaluateStage | ExportStage, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

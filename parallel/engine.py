@@ -8,7 +8,7 @@ Shape suffixes: B rows, S tokens, V vocabulary (this tensor rank's part of it in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -173,6 +173,10 @@ class Engine(Protocol):
         Raises:
             FloatingPointError: scores are not finite.
         """
+        ...
+
+    def round_inputs(self, kept_layers: Collection[int]) -> None:
+        """From now on round what goes into the layers' matrices to INT8, a scale a token, but for `kept_layers`."""
         ...
 
     def weights(self) -> Iterator[Piece]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from parallel.loss import score_tokens
 from parallel.mesh import Mesh
 from parallel.model import build_chunks, first_layer_of
 from parallel.optimizer import OptimizerShard, ShardedAdam
+from parallel.quantisation import round_inputs
 from parallel.state import pieces_of, read_range
 
 T = TypeVar("T")
@@ -191,6 +192,11 @@ class MegatronEngine:
             counts_slices=is_first,
             num_rows=len(micro_batches) * self._micro_batch * self.mesh.data,
         )
+
+    def round_inputs(self, kept_layers: Collection[int]) -> None:
+        """See `Engine.round_inputs`."""
+        for _ in round_inputs(self._chunks, self._tensor_group, kept_layers):
+            pass  # the hooks go with the chunks
 
     def _look(self, micro_batches: Sequence[Batch], loss: Callable[[Inputs, Tensor], Any]) -> list[Any]:
         """Forward passes only, without activation recomputation; returns as `_run`."""

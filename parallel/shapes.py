@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
@@ -16,6 +16,10 @@ Measure = Literal["parameters", "memory", "latency"]
 WORTH_A_LOOK = 0.96
 # The least that is left of any one dimension: what is cut deeper is lost for good (Muralidharan et al. 2024).
 LEAST_KEPT = 0.5
+# A student this near to its target is of the right size; among those the shape decides.
+ON_TARGET = 0.05
+# Sizes of one dimension that are looked at.
+MOST_STEPS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +93,9 @@ def student_shape(teacher: ModelConfig, ratio: float, grid: Grid) -> ModelConfig
     """The shape of a `ratio`-th of the teacher's parameters (or nearest to it) that is most like the teacher.
 
     Layers and width shrink together. Heads keep their size and their grouping.
+
+    Raises:
+        ValueError: no shape fits the grid.
     """
     target = teacher.num_parameters / ratio
 
@@ -99,19 +106,19 @@ def student_shape(teacher: ModelConfig, ratio: float, grid: Grid) -> ModelConfig
             shape.ffn_hidden_size / teacher.ffn_hidden_size,
         ]
         off_target = abs(shape.num_parameters / target - 1.0)
-        return (0.0 if off_target < 0.05 else off_target, max(kept) / min(kept))
+        return (0.0 if off_target < ON_TARGET else off_target, max(kept) / min(kept))
 
-    return min(student_shapes(teacher, grid), key=distance)
+    return min(student_shapes(teacher, ratio, grid), key=distance)
 
 
-def student_shapes(teacher: ModelConfig, grid: Grid) -> Iterator[ModelConfig]:
-    """Every shape on the grid up to the teacher's, with the teacher's heads a key-value group."""
+def student_shapes(teacher: ModelConfig, ratio: float, grid: Grid) -> Iterator[ModelConfig]:
+    """Shapes on the grid up to the teacher's, each with the feed-forward size that comes nearest to the target."""
+    target = teacher.num_parameters / ratio
     per_group = teacher.num_attention_heads // teacher.num_kv_heads
-    for layers, groups, hidden, ffn in product(
-        range(grid.layers_multiple, teacher.num_layers + 1, grid.layers_multiple),
-        range(grid.kv_heads_multiple, teacher.num_kv_heads + 1, grid.kv_heads_multiple),
-        range(grid.hidden_multiple, teacher.hidden_size + 1, grid.hidden_multiple),
-        range(grid.ffn_multiple, teacher.ffn_hidden_size + 1, grid.ffn_multiple),
+    for layers, groups, hidden in product(
+        _thinned(range(grid.layers_multiple, teacher.num_layers + 1, grid.layers_multiple)),
+        _thinned(range(grid.kv_heads_multiple, teacher.num_kv_heads + 1, grid.kv_heads_multiple)),
+        _thinned(range(grid.hidden_multiple, teacher.hidden_size + 1, grid.hidden_multiple)),
     ):
         shape = replace(
             teacher,
@@ -119,12 +126,20 @@ def student_shapes(teacher: ModelConfig, grid: Grid) -> Iterator[ModelConfig]:
             num_kv_heads=groups,
             num_attention_heads=groups * per_group,
             hidden_size=hidden,
-            ffn_hidden_size=ffn,
+            ffn_hidden_size=grid.ffn_multiple,
         )
-        if is_exportable(shape):
-            yield shape
+        left = target - shape.num_parameters
+        more = max(0, round(left / (3 * layers * hidden * grid.ffn_multiple)))
+        most = teacher.ffn_hidden_size // grid.ffn_multiple
+        if most and is_exportable(shape):
+            yield replace(shape, ffn_hidden_size=min(1 + more, most) * grid.ffn_multiple)
 
 
 def _steps(size: int, multiple: int) -> list[int]:
-    """Multiples from half the size up, and the size itself, descending."""
-    return sorted({size, *(n for n in range(multiple, size, multiple) if n >= LEAST_KEPT * size)}, reverse=True)
+    """Multiples from half the size up, and the size itself."""
+    return sorted({size, *_thinned([n for n in range(multiple, size, multiple) if n >= LEAST_KEPT * size])})
+
+
+def _thinned(sizes: Sequence[int]) -> Sequence[int]:
+    """At most so many of them that all combinations can be looked at, the largest among them."""
+    return sizes[:: -max(1, -(-len(sizes) // MOST_STEPS))]

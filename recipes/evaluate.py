@@ -15,6 +15,7 @@ from data.held_out import held_out_batches
 from data.ngram import NGram
 from parallel.engine import make_engine
 from recipes.pretrain import mesh_of
+from recipes.quantise import quantisation_of, run_quantised
 from recipes.rules_compression import present
 from recipes.stage import StageInput, StageOutput, open_datasets
 from train.checkpoint import Checkpoint
@@ -71,6 +72,7 @@ def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
     engine = make_engine(checkpoint.manifest.provenance.model, config, None, mesh, micro_batch=stage.micro_batch)
     try:
         engine.load_weights(checkpoint.weights)
+        run_quantised(engine, quantisation_of(context.run, name))
         return {
             (name, source): score_documents(
                 engine,

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.schema import ExportStage, ModelConfig
+from recipes.compressed_tensors import compressed_tensors, mark_quantised
 from recipes.model_card import model_card
+from recipes.quantise import Quantisation, quantisation_of
 from recipes.rules_compression import present
 from recipes.stage import StageInput, StageOutput
 from train.checkpoint import Checkpoint
@@ -32,22 +34,32 @@ def export(given: StageInput, stage: ExportStage) -> StageOutput:
     if not models:
         write_model(given, stage, given.open_incoming(), root)
     for name in models:
-        write_model(given, stage, given.open_model(name), root / name)
+        quantisation = quantisation_of(given.context.run, name)
+        write_model(given, stage, given.open_model(name), root / name, quantisation)
     return StageOutput("finished", None)
 
 
-def write_model(given: StageInput, stage: ExportStage, checkpoint: Checkpoint, directory: Path) -> None:
+def write_model(
+    given: StageInput,
+    stage: ExportStage,
+    checkpoint: Checkpoint,
+    directory: Path,
+    quantisation: Quantisation | None = None,
+) -> None:
     """Write one; files are shared out over the ranks, and no rank holds more than one file's tensors."""
     context = given.context
     directory.mkdir(parents=True, exist_ok=True)
     files = plan_files(checkpoint, DTYPES[stage.precision].itemsize)
     for index, (file, names) in enumerate(files.items()):
         if index % context.place.world_size == context.place.rank:
-            tensors = {name: whole_tensor(checkpoint, name).to(DTYPES[stage.precision]) for name in names}
+            whole = {name: whole_tensor(checkpoint, name).to(DTYPES[stage.precision]) for name in names}
+            tensors = whole if quantisation is None else compressed_tensors(whole, quantisation)
             save_file(tensors, directory / file, metadata={"format": "pt"})
     dist.barrier()
     if context.is_first:
         write_companions(given, checkpoint, directory, files, DTYPES[stage.precision])
+        if quantisation is not None:
+            mark_quantised(directory, quantisation, checkpoint.manifest.provenance.model.num_layers)
         MetricsWriter(context.run.metrics_file).write(
             "export",
             stage=given.name,

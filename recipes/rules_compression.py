@@ -16,6 +16,7 @@ from conf.schema import (
     EvaluateStage,
     ExportStage,
     PruneStage,
+    QuantiseStage,
     RecoverStage,
     RunConfig,
     SearchConfig,
@@ -35,7 +36,7 @@ DEEPEST_CUT = 0.5
 
 def makes_a_model(stage: StageConfig | None) -> bool:
     """Whether other stages can name its model."""
-    return isinstance(stage, TrainingStage | PruneStage)
+    return isinstance(stage, TrainingStage | PruneStage | QuantiseStage)
 
 
 def is_control(stage: StageConfig) -> bool:
@@ -65,7 +66,7 @@ def calibrations_of(config: RunConfig) -> dict[str, CalibrationConfig]:
     """Path -> calibration text that is used."""
     found = {}
     for name, stage in stages_of(config):
-        if isinstance(stage, PruneStage):
+        if isinstance(stage, PruneStage | QuantiseStage):
             found[f"stages.{name}.calibration"] = stage.calibration
         elif isinstance(stage, DistillStage) and stage.student.start == "pruned":
             found[f"stages.{name}.student.calibration"] = stage.student.calibration
@@ -94,6 +95,8 @@ def named_models_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]
                 named = {f"{path}.model": stage.model, f"{path}.shape_of": stage.shape_of}
             case RecoverStage() | DistillStage():
                 named = {f"{path}.distillation.teacher": stage.distillation.teacher}
+            case QuantiseStage():
+                named = {f"{path}.model": stage.model}
             case ExportStage():
                 named = {f"{path}.models": model for model in present(config, stage.models) if model not in earlier}
             case ControlStage():
@@ -227,7 +230,7 @@ def _problems_of_search(config: RunConfig, path: str, search: SearchConfig) -> I
 
 def _problems_of_student(config: RunConfig, path: str, stage: DistillStage) -> Iterator[Problem]:
     grid = grid_of(config, stage.student.hidden_multiple, stage.student.ffn_multiple)
-    shapes = list(student_shapes(config.model, grid))
+    shapes = list(student_shapes(config.model, stage.student.ratio, grid))
     if not shapes:
         yield Problem(
             path,

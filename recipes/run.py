@@ -14,6 +14,7 @@ from conf.schema import (
     ExportStage,
     PretrainStage,
     PruneStage,
+    QuantiseStage,
     RecoverStage,
     SpecialiseStage,
 )
@@ -23,6 +24,7 @@ from recipes.evaluate import evaluate
 from recipes.export import export
 from recipes.pretrain import pretrain
 from recipes.prune import prune
+from recipes.quantise import quantise
 from recipes.recover import recover
 from recipes.specialise import specialise
 from recipes.stage import StageInput, StageOutput, open_datasets, passes_on
@@ -70,6 +72,8 @@ def run_stage(given: StageInput) -> StageOutput:
             output = recover(given, stage)
         case DistillStage() as stage:
             output = distill(given, stage)
+        case QuantiseStage() as stage:
+            output = quantise(given, stage)
         case ControlStage() as stage:
             output = train_control(given, stage)
         case EvaluateStage() as stage:

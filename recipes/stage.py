@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import CheckpointError
-from conf.schema import StageConfig
+from conf.schema import QuantiseStage, StageConfig
 from data.shards import Dataset
 from recipes.rules_compression import is_control
 from train.checkpoint import Checkpoint, Parent
@@ -102,8 +102,8 @@ def open_datasets(run: RunDir) -> dict[str, Dataset]:
 
 
 def passes_on(stage: StageConfig) -> bool:
-    """Whether the recipe goes on with what the stage makes; not so where it was made to be compared with."""
-    return not is_control(stage)
+    """Whether the recipe goes on with what the stage makes; not so with what was made to compare with, or for INT8."""
+    return not is_control(stage) and not isinstance(stage, QuantiseStage)
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:

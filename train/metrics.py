@@ -15,6 +15,8 @@ Every record has `kind` and `time` (unix seconds). Written by the driver (D) or 
     candidate (R)      stage, the shape (num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_kv_heads),
                        num_parameters, size_ratio (to the parent, in what is cut), importance_kept, loss,
                        standard_error (over rows), seconds      (the first of a stage is the parent itself)
+    quantisation (R)   stage, scheme, part (`layer N` alone, or `all`), cost (nats a token, on calibration text),
+                       standard_error (over rows), agreement (share of equal likeliest tokens), kept (not rounded)
     target (R)         stage, name, model, baseline, source, value, standard_error, limit, met
     export (R)         stage, path, num_bytes
     stage_ended (R)    stage, seconds
@@ -164,6 +166,20 @@ class Candidate(TypedDict):
     seconds: float
 
 
+class Quantisation(TypedDict):
+    """What rounding a part of a model to INT8 costs."""
+
+    kind: Literal["quantisation"]
+    time: NotRequired[float]
+    stage: str
+    scheme: str
+    part: str
+    cost: float
+    standard_error: float
+    agreement: float
+    kept: bool
+
+
 class Target(TypedDict):
     """What was promised, and what was reached."""
 
@@ -227,6 +243,7 @@ Record = (
     | Evaluation
     | Comparison
     | Candidate
+    | Quantisation
     | Target
     | Export
     | StageEnded
