@@ -79,7 +79,8 @@ def _data_ranks(config: RunConfig, most: int, *, whole: bool) -> int:
 
     def shares_batches(data: int) -> bool:
         at = replace(config, engine=replace(config.engine, mesh=replace(config.engine.mesh, data=data)))
-        return not any(rules_layout.batches_are_shared_evenly(at))
+        uneven = (rules_layout.batches_are_shared_evenly, rules_compression.calibration_is_shared_evenly)
+        return not any(problem for rule in uneven for problem in rule(at))
 
     return next((data for data in range(most, 1, -1) if shares_batches(data)), 1)
 

@@ -120,8 +120,8 @@ def named_models_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]
 
 
 def calibration_is_sound(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """Calibration text is of sources there are, and of rows that the data ranks share evenly."""
-    mesh, known = mesh_of(config), ", ".join(config.data.sources)
+    """Calibration text is of sources there are, and of rows the model can read."""
+    known = ", ".join(config.data.sources)
     for path, calibration in calibrations_of(config).items():
         if not calibration.mixture:
             yield Problem(f"{path}.mixture", f"is empty; there is nothing to calibrate with. There is: {known}.")
@@ -135,6 +135,13 @@ def calibration_is_sound(config: RunConfig, machine: Machine) -> Iterator[Proble
                 f"{path}.sequence_length",
                 f"is {length}; positions end at model.max_sequence_length={config.model.max_sequence_length}.",
             )
+
+
+def calibration_is_shared_evenly(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
+    """The rows of calibration text are shared by the data ranks in whole micro-batches."""
+    mesh = mesh_of(config)
+    for path, calibration in calibrations_of(config).items():
+        length = calibration.sequence_length
         texts = {f"{path}.tokens": calibration.tokens}
         stage = config.stages[path.split(".")[1]]
         if isinstance(stage, PruneStage) and stage.shape is None and stage.shape_of is None:
@@ -346,6 +353,7 @@ def cuts_are_shallow(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 RULES = (
     named_models_exist,
     calibration_is_sound,
+    calibration_is_shared_evenly,
     shapes_can_be_sharded_and_exported,
     targets_can_be_held,
     divergences_can_be_computed,
