@@ -182,6 +182,8 @@ def provenance() -> Provenance:
         precision="fp32",
         sequence_parallel=False,
         zero_stage=0,
+        offload_optimizer="none",
+        nvme_path=None,
         overlap=False,
         recompute="none",
     )

@@ -33,14 +33,33 @@ class Strict:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig(Strict):
+    """Every feed-forward layer as a mixture of experts: a router sends each token to those it scores highest."""
+
+    num_experts: PositiveInt
+    """Feed-forward networks of a layer, each of width `ModelConfig.ffn_hidden_size`."""
+    num_experts_per_token: PositiveInt
+    """Experts a token goes through; what they return is weighed by the softmax over their scores."""
+    balance_loss: NonNegativeFloat
+    """Weight, in every layer, of the load-balancing loss, which is 1 when experts are used evenly; 0 is off."""
+    router_z_loss: NonNegativeFloat
+    """Weight, in every layer, of the router's squared log-partition; 0 is off."""
+    capacity_factor: PositiveFloat | None
+    """Tokens of a micro-batch that an expert takes in training, over its even share; null: all that are sent to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(Strict):
-    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases, no dropout."""
+    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases, no dropout.
+
+    With `experts` it is Mixtral-shaped.
+    """
 
     name: str
     num_layers: PositiveInt
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
-    """Width of each of the gate and up projections."""
+    """Width of each of the gate and up projections, of one expert where there are experts."""
     num_attention_heads: PositiveInt
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
@@ -51,27 +70,52 @@ class ModelConfig(Strict):
     init_std: PositiveFloat
     """Standard deviation of initial weights; projections back into the residual stream get 1/sqrt(2 layers) of it."""
     tied_embeddings: bool
+    experts: ExpertsConfig | None = None
+    """Null: dense."""
 
     @property
     def num_matmul_parameters(self) -> int:
-        """Weights every token is multiplied by: all matrices, the output head included, the embedding lookup not."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_kv_heads)
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
-        return self.num_layers * (attention + mlp) + self.vocab_size * self.hidden_size
+        """Weights a token is multiplied by: all matrices but other experts', the head included, the lookup not."""
+        per_token = self.experts.num_experts_per_token if self.experts else 1
+        return self._num_matrix_parameters(per_token)
 
     @property
     def num_parameters(self) -> int:
         """All weights; tied embeddings count once."""
-        norms = (2 * self.num_layers + 1) * self.hidden_size
+        return self._num_matrix_parameters(self.experts.num_experts if self.experts else 1) + self._num_other_parameters
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Weights a token goes through: all but those of the experts it is not sent to."""
+        return self.num_matmul_parameters + self._num_other_parameters
+
+    @property
+    def num_expert_parameters(self) -> int:
+        """Weights of all experts of all layers, without the routers; 0 for a dense model."""
+        num_experts = self.experts.num_experts if self.experts else 0
+        return self.num_layers * num_experts * self._num_feed_forward_parameters
+
+    def _num_matrix_parameters(self, num_experts: int) -> int:
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_kv_heads)
+        router = self.hidden_size * self.experts.num_experts if self.experts else 0
+        layer = attention + router + num_experts * self._num_feed_forward_parameters
+        return self.num_layers * layer + self.vocab_size * self.hidden_size
+
+    @property
+    def _num_feed_forward_parameters(self) -> int:
+        return 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def _num_other_parameters(self) -> int:
         embedding = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
-        return self.num_matmul_parameters + norms + embedding
+        return (2 * self.num_layers + 1) * self.hidden_size + embedding
 
     def train_flops_per_token(self, sequence_length: int) -> float:
         """Model FLOPs of one training step for one token, the numerator of model TFLOP/s and MFU.
 
-        Forward and backward are 6 FLOPs a matmul weight, plus the attention scores and their use: 12 x layers x heads x
-        head_dim x sequence_length over the whole square, counted half because attention is causal. Recomputation,
-        norms, softmax and the optimizer are not counted.
+        Forward and backward are 6 FLOPs a matmul weight (of the experts the token goes to), plus the attention scores
+        and their use: 12 x layers x heads x head_dim x sequence_length over the whole square, counted half because
+        attention is causal. Recomputation, norms, softmax and the optimizer are not counted.
         """
         attention = 6 * self.num_layers * self.num_attention_heads * self.head_dim * sequence_length
         return float(6 * self.num_matmul_parameters + attention)
@@ -79,7 +123,7 @@ class ModelConfig(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig(Strict):
-    """Sizes of the parallel axes; their product is the number of ranks."""
+    """Sizes of the parallel axes; the product of all but `expert` is the number of ranks."""
 
     tensor: PositiveInt
     context: PositiveInt
@@ -88,19 +132,25 @@ class MeshConfig(Strict):
     """Layer chunks a pipeline rank holds; above 1 the schedule is interleaved."""
     data: PositiveInt | None
     """Null: as many as the cluster has ranks for and the batch can be shared by."""
+    expert: PositiveInt = 1
+    """Ranks that share the experts of a layer; each such group is a part of the data x context ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig(Strict):
     """How one model is spread over ranks and takes a step."""
 
-    backend: Literal["megatron"]
+    backend: Literal["megatron", "deepspeed"]
     mesh: MeshConfig
     precision: Precision
     sequence_parallel: bool
     """Split norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
     zero_stage: Literal[0, 1, 2, 3]
     """Split over the data (and context) ranks: 1 optimizer state, 2 gradients as well, 3 weights as well."""
+    offload_optimizer: Literal["none", "cpu", "nvme"]
+    """Where optimizer state lives and Adam runs: with the weights, or in host memory (nvme: kept in files between)."""
+    nvme_path: str | None
+    """Directory on a local disk for `offload_optimizer: nvme`."""
     overlap: bool
     """Overlap gradient reduction (and gathering of split weights) with computation."""
     recompute: Literal["none", "selective", "full"]

@@ -7,6 +7,7 @@ step; here memory is taken when the engine is built, and a checkpoint can be wri
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,25 +17,35 @@ from conf.schema import OptimConfig
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def make_adam(parameters: Iterable[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
+Adam = TypeVar("Adam", bound=torch.optim.AdamW)
+
+
+def make_adam(
+    parameters: Iterable[torch.nn.Parameter],
+    optim: OptimConfig,
+    kind: type[Adam] = torch.optim.AdamW,  # type: ignore[assignment]
+) -> Adam:
     """AdamW over two groups: matrices with weight decay, norms (one dim) without."""
     parameters = list(parameters)
     groups = [
         {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": optim.weight_decay},
         {"params": [parameter for parameter in parameters if parameter.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True
-    )
+    return kind(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True)
 
 
 def make_state(adam: torch.optim.AdamW) -> None:
     """Make the state of every parameter, as after no steps."""
     for parameter in parameters_of(adam):
-        adam.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-        }
+        make_state_of(adam, parameter)
+
+
+def make_state_of(adam: torch.optim.AdamW, parameter: Tensor) -> None:
+    """Make the state of one parameter."""
+    adam.state[parameter] = {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+    }
 
 
 def moments_of(adam: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:

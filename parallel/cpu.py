@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
@@ -37,6 +38,16 @@ def adapt_megatron() -> None:
             _undo_compilation(module)
             if name in SPECIAL_CARE:
                 SPECIAL_CARE[name](module)
+
+
+def adapt_deepspeed() -> None:
+    """Keep DeepSpeed from probing for compilers and building a shared-memory collective; does nothing with CUDA."""
+    if torch.cuda.is_available():
+        return
+    import deepspeed.ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
 
 
 def tensors_as_on_cuda() -> AbstractContextManager[object]:
@@ -70,6 +81,22 @@ class _CpuCuda(ModuleType):
         self.get_rng_state: Callable[..., Tensor] = lambda device=None: torch.get_rng_state()
         self.set_rng_state: Callable[..., None] = lambda state, device=None: torch.set_rng_state(state)
         self.random: _CpuCuda = self
+        self.Stream: Callable[..., _Queue] = lambda *args, **kwargs: _Queue()
+        self.current_stream: Callable[..., _Queue] = lambda device=None: _Queue()
+        self.stream: Callable[[_Queue], AbstractContextManager[None]] = lambda stream: nullcontext()
+
+
+class _Queue:
+    """A stream of work that is done when it is asked for, and so its own event."""
+
+    def record_event(self) -> _Queue:
+        return self
+
+    def wait_stream(self, stream: _Queue) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _AsOnCuda(TorchFunctionMode):
@@ -131,8 +158,46 @@ def _keep_sent_tensors(module: Any) -> None:
     module._p2p_ops = keep_and_send
 
 
+def _know_counts_on_host(module: Any) -> None:
+    # All-to-all wants numbers of tokens as numbers; Megatron makes them such where it moves them from the GPU.
+    def as_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+    module.maybe_move_tensor_to_cpu = as_on_host
+
+
+def _exchange_unequal_parts(module: Any) -> None:
+    # gloo gathers and scatters equal parts only; a sum with zeros, or of all parts, says the same.
+    gather, scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather)
+    def gather_parts(part: Tensor, group: ProcessGroup, sizes: list[int] | None = None, *rest: Any) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return cast(Tensor, gather(part, group, sizes, *rest))
+        whole = part.new_zeros((sum(sizes), *part.shape[1:]))
+        _part(whole, sizes, group).copy_(part)
+        torch.distributed.all_reduce(whole, group=group)
+        return whole
+
+    @functools.wraps(scatter)
+    def scatter_parts(whole: Tensor, group: ProcessGroup, sizes: list[int] | None = None, *rest: Any) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return cast(Tensor, scatter(whole, group, sizes, *rest))
+        total = whole.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return _part(total, sizes, group).clone()
+
+    module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather_parts, scatter_parts
+
+
+def _part(whole: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+    return torch.split(whole, sizes)[group.rank()]
+
+
 SPECIAL_CARE = {
     "megatron.core.tensor_parallel.random": _use_cpu_random_state,
     "megatron.core.models.common.embeddings.rotary_pos_embedding": _slice_rotary_angles,
     "megatron.core.pipeline_parallel.p2p_communication": _keep_sent_tensors,
+    "megatron.core.transformer.moe.token_dispatcher": _know_counts_on_host,
+    "megatron.core.tensor_parallel.mappings": _exchange_unequal_parts,
 }

@@ -8,6 +8,8 @@ Shape suffixes: B rows, S tokens, V vocabulary (this tensor rank's part of it in
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -15,6 +17,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from conf.errors import UserError
 from conf.schema import EngineConfig, ModelConfig, OptimConfig
 from data.batch import Batch
 from parallel.importance import Importance
@@ -216,11 +219,27 @@ def make_engine(
         mesh: the axes; the one that `groups.enter_mesh` entered.
         micro_batch: rows of every micro-batch (pipeline buffers have a fixed shape).
     """
-    match engine.backend:
-        case "megatron":
-            from parallel.megatron import MegatronEngine
+    return _class_of(engine.backend)(model, engine, optim, mesh, micro_batch=micro_batch)
 
-            return MegatronEngine(model, engine, optim, mesh, micro_batch=micro_batch)
+
+def _class_of(backend: str) -> Callable[..., Engine]:
+    # Backends take seconds to import, so only the one that is used is.
+    try:
+        match backend:
+            case "megatron":
+                from parallel.megatron import MegatronEngine
+
+                return MegatronEngine
+            case "deepspeed":
+                from parallel.deepspeed import DeepSpeedEngine
+
+                return DeepSpeedEngine
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"engine.backend={backend} cannot be used on {socket.gethostname()}: the package {error.name} is missing "
+            f"in its Python environment ({sys.prefix}). It comes with this project: pip install -e . on every node."
+        ) from error
+    raise AssertionError(f"there is no engine {backend}")
 
 
 __all__ = [

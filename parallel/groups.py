@@ -56,10 +56,14 @@ def enter_mesh(mesh: Mesh, *, virtual_pipeline: int = 1, timeout_seconds: float 
         pipeline_model_parallel_size=mesh.pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         context_parallel_size=mesh.context,
+        expert_model_parallel_size=mesh.expert,
         distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
         create_gloo_process_groups=False,
     )
-    assert megatron_coordinate() == mesh.coordinate(dist.get_rank()), "Megatron orders ranks otherwise than Mesh"
+    here = mesh.coordinate(dist.get_rank())
+    assert megatron_coordinate() == here, "Megatron orders ranks otherwise than Mesh"
+    expert_place = parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_data_parallel_rank()
+    assert expert_place == (mesh.expert_rank(here), mesh.expert_replica(here)), "and so for experts"
     # Nothing draws random numbers in a step, but Megatron enters its generator's state under sequence parallelism.
     tensor_parallel.model_parallel_cuda_manual_seed(0)
 

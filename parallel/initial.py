@@ -19,7 +19,7 @@ from conf.schema import ModelConfig
 from parallel.weight_names import logical_shapes
 
 ROWS_PER_BLOCK = 64
-BACK_INTO_RESIDUAL = (".o_proj.weight", ".down_proj.weight")
+BACK_INTO_RESIDUAL = (".o_proj.weight", ".down_proj.weight", ".w2.weight")
 
 
 class InitialWeights:

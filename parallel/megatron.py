@@ -20,16 +20,17 @@ from torch import Tensor
 from conf.schema import EngineConfig, ModelConfig, OptimConfig
 from data.batch import Batch
 from parallel import device, weight_names
-from parallel.boxes import Box, share_of_replica
+from parallel.boxes import Box
 from parallel.cpu import adapt_megatron, tensors_as_on_cuda
 from parallel.engine import LossSums, Objective, Piece, RowScores, StepResult, TensorSource
+from parallel.experts import METRICS, RouterTotals, routers_of
 from parallel.groups import megatron_coordinate
 from parallel.importance import Importance, Observer
 from parallel.inputs import Inputs, inputs_of_rank
 from parallel.loss import score_tokens
 from parallel.mesh import Mesh
 from parallel.model import build_chunks, first_layer_of
-from parallel.optimizer import OptimizerShard, ShardedAdam
+from parallel.optimizer import OptimizerShard, ShardedAdam, families_of
 from parallel.quantisation import round_inputs
 from parallel.state import pieces_of, read_range
 
@@ -61,14 +62,20 @@ class MegatronEngine:
         with tensors_as_on_cuda():
             self._chunks = build_chunks(model, engine, mesh)
         self._parameters = dict(self._named_boxes(model))
+        self._families = families_of(parameter for chunk in self._chunks for parameter in chunk.parameters())
+        self._num_layers = model.num_layers
+        self._routers = [router for chunk in self._chunks for router in routers_of(chunk)]
+        self._totals = RouterTotals(self._device) if model.experts else None
+        for router in self._routers:
+            assert self._totals is not None
+            router.totals = self._totals
         self._models: list[Any] = self._chunks
-        self._adam: ShardedAdam | None = None
+        self._adams: list[Any] = []
         if optim is None:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
         else:
-            self._models = self._wrap_chunks()
-            self._adam = ShardedAdam(self._models, engine, optim)
+            self._models, self._adams = self._make_trainable(optim)
 
     def _named_boxes(self, model: ModelConfig) -> Iterator[tuple[Tensor, tuple[Box, ...]]]:
         for chunk in self._chunks:
@@ -79,12 +86,20 @@ class MegatronEngine:
                     first_layer=first_layer_of(chunk),
                     tensor_rank=self.coordinate.tensor,
                     tensor_size=self.mesh.tensor,
+                    experts=weight_names.experts_of_rank(
+                        model, self.mesh.expert_rank(self.coordinate), self.mesh.expert
+                    ),
                 )
                 assert sum(box.num_elements for box in boxes) == parameter.numel(), name
                 # Megatron marks what is sliced over tensor ranks only where it initialises weights itself; unmarked
                 # parameters would count once in the gradient norm instead of once a tensor rank.
                 parameter.tensor_model_parallel = boxes[0].shape != boxes[0].global_shape
                 yield parameter, boxes
+
+    def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[Any]]:
+        """What the chunks are trained through, and an optimizer for each family of weights (see `ShardedAdam`)."""
+        models = self._wrap_chunks()
+        return models, [ShardedAdam(models, family, self._engine, optim) for family in self._families]
 
     def _wrap_chunks(self) -> list[Any]:
         engine = self._engine
@@ -116,23 +131,22 @@ class MegatronEngine:
         stop: bool = False,
     ) -> StepResult:
         """See `Engine.step`."""
-        assert self._adam is not None and self._optim is not None, "an engine without optim only scores"
+        assert self._optim is not None, "an engine without optim only scores"
         objectives = objective if isinstance(objective, Sequence) else [objective] * len(micro_batches)
-        for model in self._models:
-            model.zero_grad_buffer()
-        self._adam.zero_gradients()
-        losses = [partial(_training_loss, each, self._tensor_group) for each in objectives]
-        sums: list[LossSums] = self._run(micro_batches, losses)
+        self._weigh_router_losses(micro_batches)
+        sums = self._accumulate(micro_batches, objectives)
         names = objectives[0].metric_names
-        total = torch.zeros(4 + len(names), dtype=torch.float64, device=self._device)
-        squares = self._adam.gather_gradients()
-        if self._adam.distributed or self._replica == 0:
-            total[0] = squares
+        all_names = names if self._totals is None else (*names, *METRICS)
+        total = torch.zeros(4 + len(all_names), dtype=torch.float64, device=self._device)
+        for adam in self._adams:
+            total[0] += adam.gather_gradients()
         total[1] = float(stop)
         if self._is_last and self.coordinate.tensor == 0:
             for part in sums:
                 values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
-                total[2:] += torch.stack([value.double() for value in values])
+                total[2 : 4 + len(names)] += torch.stack([value.double() for value in values])
+        if self._totals is not None:
+            total[4 + len(names) :] = self._totals.in_tokens() / self._num_layers
         dist.all_reduce(total)
         squared_norm, asked_to_stop, loss, num_tokens, *metrics = total.tolist()
         if num_tokens == 0:
@@ -141,14 +155,30 @@ class MegatronEngine:
             loss=loss / num_tokens,
             grad_norm=squared_norm**0.5 / num_tokens,
             num_tokens=round(num_tokens),
-            metrics={name: value / num_tokens for name, value in zip(names, metrics, strict=True)},
+            metrics={name: value / num_tokens for name, value in zip(all_names, metrics, strict=True)},
             stop=asked_to_stop > 0,
         )
         _check_finite(result)
         limit = self._optim.clip_grad_norm
         clip = min(1.0, limit / (result.grad_norm + 1e-6)) if limit > 0 else 1.0
-        self._adam.step(gradient_scale=clip / num_tokens, learning_rate=learning_rate)
+        for adam in self._adams:
+            adam.step(gradient_scale=clip / num_tokens, learning_rate=learning_rate)
         return result
+
+    def _accumulate(self, micro_batches: Sequence[Batch], objectives: Sequence[Objective]) -> list[LossSums]:
+        """Gradients of the sum over micro-batches, reduced over data ranks; what the objective found, on the last."""
+        for model in self._models:
+            model.zero_grad_buffer()
+        for adam in self._adams:
+            adam.zero_gradients()
+        return self._run(micro_batches, [partial(_training_loss, each, self._tensor_group) for each in objectives])
+
+    def _weigh_router_losses(self, micro_batches: Sequence[Batch]) -> None:
+        """Router losses are means over micro-batches, and gradients are divided by counted tokens: make up for it."""
+        if self._totals is not None:
+            counted = torch.tensor(float(sum(batch.loss_mask_BS.sum() for batch in micro_batches)), device=self._device)
+            dist.all_reduce(counted, group=parallel_state.get_data_parallel_group())
+            self._totals.begin_step(counted / (len(micro_batches) * self.mesh.data))
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Batch]) -> RowScores:
@@ -259,22 +289,22 @@ class MegatronEngine:
 
     def weights(self) -> Iterator[Piece]:
         """See `Engine.weights`."""
-        if self._adam is not None and self._adam.distributed and self._engine.overlap:
+        if self._adams and self._engine.zero_stage == 1 and self._engine.overlap:
             # The updated shards would be gathered only in the next forward pass.
             for model in self._models:
                 model.start_param_sync(force_sync=True)
         return self._weight_pieces()
 
     def _weight_pieces(self) -> Iterator[Piece]:
-        saved = [parameter for parameter in self._parameters if self._saves(parameter)]
-        for parameter, (start, stop) in zip(saved, self._share(saved), strict=True):
-            yield from pieces_of(parameter.detach().view(-1)[start:stop], self._parameters[parameter], start)
+        for family in self._families:
+            saved = [parameter for parameter in family.parameters if self._saves(parameter)]
+            for parameter, (start, stop) in zip(saved, family.share(saved), strict=True):
+                yield from pieces_of(parameter.detach().view(-1)[start:stop], self._parameters[parameter], start)
 
     @torch.no_grad()
     def load_weights(self, source: TensorSource) -> None:
         """See `Engine.load_weights`."""
-        apart = self._adam is not None and self._engine.precision == "bf16"
-        shards = {shard.parameter: shard for shard in self._shards()} if apart else {}
+        shards = {shard.parameter: shard for adam in self._adams if adam.masters_apart for shard in adam.shards()}
         for parameter, boxes in self._parameters.items():
             values = read_range(source, boxes, 0, parameter.numel())
             parameter.copy_(values.view_as(parameter))
@@ -284,48 +314,45 @@ class MegatronEngine:
 
     def optimizer_state(self) -> Iterator[Piece]:
         """See `Engine.optimizer_state`."""
-        assert self._adam is not None, "an engine without optim has no optimizer"
-        shards = [shard for shard in self._shards() if self._saves(shard.parameter)]
-        if self._adam.distributed:
-            ranges = [(0, shard.main.numel()) for shard in shards]
-        else:
-            ranges = self._share([shard.main for shard in shards])
-        for shard, (start, stop) in zip(shards, ranges, strict=True):
-            for prefix, values in self._state_of(shard):
-                part = values.detach().view(-1)[start:stop]
-                yield from pieces_of(part, self._parameters[shard.parameter], shard.start + start, prefix=prefix)
+        assert self._adams, "an engine without optim has no optimizer"
+        for adam in self._adams:
+            for shard, start, stop in self._shares(adam):
+                for prefix, values in self._state_of(shard):
+                    part = values.detach().view(-1)[start:stop]
+                    if adam.is_lent:
+                        part = part.clone()
+                    yield from pieces_of(part, self._parameters[shard.parameter], shard.start + start, prefix=prefix)
+
+    def _shares(self, adam: Any) -> Iterator[tuple[OptimizerShard, int, int]]:
+        """Shards of which this rank saves state, and which of their elements [start, stop)."""
+        shards = (shard for shard in adam.shards() if self._saves(shard.parameter))
+        if adam.distributed:
+            yield from ((shard, 0, shard.main.numel()) for shard in shards)
+            return
+        held = list(shards)
+        for shard, (start, stop) in zip(held, adam.family.share([shard.main for shard in held]), strict=True):
+            yield shard, start, stop
 
     @torch.no_grad()
     def load_optimizer_state(self, source: TensorSource, *, num_steps: int) -> None:
         """See `Engine.load_optimizer_state`."""
-        assert self._adam is not None, "an engine without optim has no optimizer"
-        for shard in self._shards():
-            for prefix, values in self._state_of(shard):
-                flat = read_range(source, self._parameters[shard.parameter], shard.start, shard.stop, prefix=prefix)
-                values.copy_(flat.view_as(values))
-        self._adam.set_num_steps(num_steps)
+        assert self._adams, "an engine without optim has no optimizer"
+        for adam in self._adams:
+            for shard in adam.shards():
+                for prefix, values in self._state_of(shard):
+                    flat = read_range(source, self._parameters[shard.parameter], shard.start, shard.stop, prefix=prefix)
+                    values.copy_(flat.view_as(values))
+            adam.set_num_steps(num_steps)
 
     def _state_of(self, shard: OptimizerShard) -> list[tuple[str, Tensor]]:
         """What a resume needs of a shard besides the weights, by prefix of its canonical name."""
         state = [(f"{name}/", moment) for name, moment in shard.moments.items()]
         return [*state, (MASTER, shard.main)] if self._engine.precision == "bf16" else state
 
-    def _shards(self) -> list[OptimizerShard]:
-        return [] if self._adam is None else list(self._adam.shards())
-
     def _saves(self, parameter: Any) -> bool:
         """Whether this rank is among those that save a parameter which others hold as well."""
         is_tied_copy = getattr(parameter, "shared", False)
         return not is_tied_copy and (parameter.tensor_model_parallel or self.coordinate.tensor == 0)
-
-    def _share(self, tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-        sizes = [tensor.numel() for tensor in tensors]
-        return share_of_replica(sizes, self._replica, self.mesh.data * self.mesh.context)
-
-    @property
-    def _replica(self) -> int:
-        """Place among the ranks that hold the same weights: data and context ranks."""
-        return self.coordinate.data * self.mesh.context + self.coordinate.context
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
@@ -333,7 +360,7 @@ class MegatronEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._adam = None
+        self._adams, self._families, self._routers = [], [], []
         self._models, self._chunks, self._parameters = [], [], {}
         RotaryEmbedding.forward.cache_clear()  # keeps the last models' rotary modules alive
         gc.collect()  # hooks and parameters refer to each other
@@ -350,8 +377,12 @@ def _training_loss(
     objective: Objective, group: dist.ProcessGroup, inputs: Inputs, logits_BSV: Tensor
 ) -> tuple[Tensor, Tensor, LossSums]:
     sums = objective(logits_BSV, inputs.labels_BS, inputs.loss_mask_BS, group)
-    # Pipeline schedules free the loss they are given; what is reported must have its own hold of the value.
-    return sums.loss, sums.num_tokens.int(), replace(sums, loss=sums.loss.detach())
+    return sums.loss, sums.num_tokens.int(), detached(sums)
+
+
+def detached(sums: LossSums) -> LossSums:
+    """What is reported: pipeline schedules free the loss they are given, so it has its own hold of the value."""
+    return replace(sums, loss=sums.loss.detach())
 
 
 def _reading(

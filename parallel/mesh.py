@@ -2,6 +2,9 @@
 
 Rank order is Megatron-core's `tp-cp-dp-pp`: tensor ranks are adjacent (they talk most, over NVLink), pipeline ranks are
 farthest apart.
+
+Expert ranks share the experts of a layer. They are no axis of their own: the ranks that hold equal dense weights, data
+and context ranks, are cut into expert groups of adjacent ranks, so the product of the other axes is the world.
 """
 
 from __future__ import annotations
@@ -21,26 +24,42 @@ class Coordinate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mesh:
-    """Sizes of the parallel axes."""
+    """Sizes of the parallel axes; `expert` divides data x context."""
 
     pipeline: int = 1
     data: int = 1
     context: int = 1
     tensor: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("pipeline", "data", "context", "tensor"):
+        for axis in ("pipeline", "data", "context", "tensor", "expert"):
             size = getattr(self, axis)
             if size < 1:
                 raise ValueError(f"mesh axis {axis} has size {size}; every axis has at least 1")
+        if self.num_replicas % self.expert:
+            raise ValueError(
+                f"expert groups of {self.expert} ranks do not divide data {self.data} x context {self.context}"
+            )
 
     def __str__(self) -> str:
-        return f"tensor {self.tensor} x context {self.context} x data {self.data} x pipeline {self.pipeline}"
+        text = f"tensor {self.tensor} x context {self.context} x data {self.data} x pipeline {self.pipeline}"
+        return text if self.expert == 1 else f"{text}, expert {self.expert}"
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.pipeline * self.data * self.context * self.tensor
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that hold the same dense weights: data and context ranks."""
+        return self.data * self.context
+
+    @property
+    def num_expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.num_replicas // self.expert
 
     def coordinate(self, rank: int) -> Coordinate:
         """Place of a global rank.
@@ -59,3 +78,15 @@ class Mesh:
         """Global rank of a place; the inverse of `coordinate`."""
         outer = coordinate.pipeline * self.data + coordinate.data
         return (outer * self.context + coordinate.context) * self.tensor + coordinate.tensor
+
+    def replica(self, coordinate: Coordinate) -> int:
+        """Place among the ranks that hold the same dense weights."""
+        return coordinate.data * self.context + coordinate.context
+
+    def expert_rank(self, coordinate: Coordinate) -> int:
+        """Place within an expert group: which part of the experts the rank holds."""
+        return self.replica(coordinate) % self.expert
+
+    def expert_replica(self, coordinate: Coordinate) -> int:
+        """Place among the ranks that hold the same experts."""
+        return self.replica(coordinate) // self.expert

@@ -1,4 +1,4 @@
-"""The model: Megatron-core's GPTModel as a Llama-shaped decoder with our norm and attention."""
+"""The model: Megatron-core's GPTModel as a Llama-shaped decoder with our norm, attention and experts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from conf.schema import EngineConfig, ModelConfig
 from parallel.attention import CausalAttention
+from parallel.experts import moe_layer
 from parallel.mesh import Mesh
 from parallel.norm import RMSNorm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Selective: the MLP, whose activations are most of a layer's; fused attention keeps no scores to save.
+# Selective: the MLP (or the experts, so tokens are sent once more), whose activations are most of a layer's; fused
+# attention keeps no scores to save.
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
@@ -64,7 +66,24 @@ def transformer_config(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> 
         batch_p2p_comm=virtual == 1,
         deallocate_pipeline_outputs=True,
         **RECOMPUTE[engine.recompute],
+        **_experts_config(model, mesh),
     )
+
+
+def _experts_config(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    if model.experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.experts.num_experts,
+        "moe_router_topk": model.experts.num_experts_per_token,
+        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        "moe_expert_capacity_factor": model.experts.capacity_factor,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # the losses are our router's
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": mesh.expert,
+        "expert_tensor_parallel_size": mesh.tensor,
+    }
 
 
 def build_chunks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> list[Any]:
@@ -87,6 +106,8 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, stage: int | Non
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    if model.experts is not None:
+        layer.submodules.mlp = moe_layer(model.experts)
     num_layers = get_num_layers_to_build(config, vp_stage=stage)
     return GPTModel(
         config,

@@ -6,11 +6,12 @@ Under both, and in both precisions, Adam works on float32 tensors that are a ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from conf.schema import EngineConfig, OptimConfig
 from parallel import adam
+from parallel.boxes import share_of_replica
 from parallel.cpu import tensors_as_on_cuda
 
 
@@ -44,13 +46,52 @@ class OptimizerShard:
         return self.start + self.main.numel()
 
 
-class ShardedAdam:
-    """AdamW over the wrapped (DDP) chunks of a model."""
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Weights that the same ranks hold equal copies of: all but the experts, or the experts.
 
-    def __init__(self, chunks: Sequence[Any], engine: EngineConfig, optim: OptimConfig) -> None:
+    Attributes:
+        is_expert: Megatron keeps gradients of the two in buffers of their own.
+        parameters: those of this rank.
+        group: the ranks that hold equal copies.
+    """
+
+    is_expert: bool
+    parameters: list[torch.nn.Parameter]
+    group: dist.ProcessGroup
+
+    @property
+    def replica(self) -> int:
+        """Place among the ranks that hold equal copies."""
+        return self.group.rank()
+
+    def share(self, tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Which elements [start, stop) of each tensor this rank should save, where others hold equal ones."""
+        return share_of_replica([tensor.numel() for tensor in tensors], self.replica, self.group.size())
+
+
+def families_of(parameters: Iterable[torch.nn.Parameter]) -> list[Family]:
+    """Weights by which ranks hold equal copies of them: without expert groups there is one family."""
+    kinds: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+    for parameter in parameters:
+        kinds[not getattr(parameter, "allreduce", True)].append(parameter)
+    dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    families = [Family(False, kinds[False], dense)]
+    if kinds[True]:
+        families.append(Family(True, kinds[True], parallel_state.get_expert_data_parallel_group()))
+    return families
+
+
+class ShardedAdam:
+    """AdamW over one family of weights of the wrapped (DDP) chunks of a model."""
+
+    is_lent = False
+
+    def __init__(self, chunks: Sequence[Any], family: Family, engine: EngineConfig, optim: OptimConfig) -> None:
         self.distributed = engine.zero_stage == 1
-        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        self.adam = adam.make_adam(parameters, optim)
+        self.masters_apart = engine.precision == "bf16"
+        self.family = family
+        self.adam: torch.optim.AdamW = adam.make_adam(family.parameters, optim)
         config = OptimizerConfig(
             optimizer="adam",
             lr=optim.learning_rate,
@@ -72,8 +113,11 @@ class ShardedAdam:
                 grad_scaler=None,
                 init_state_fn=None,
                 model_chunks=list(chunks),
-                per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
-                data_parallel_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+                per_model_buffers={
+                    index: chunk.expert_parallel_buffers if self.family.is_expert else chunk.buffers
+                    for index, chunk in enumerate(chunks)
+                },
+                data_parallel_group=self.family.group,
                 data_parallel_group_gloo=None,
                 data_parallel_group_idx=0,
                 distributed_optimizer_instance_id=0,
@@ -106,14 +150,14 @@ class ShardedAdam:
         self.wrapper.zero_grad()
 
     def gather_gradients(self) -> Tensor:
-        """Take the reduced gradients from the model; returns the sum of their squares, float64, shape ().
+        """Take the reduced gradients from the model; returns this rank's share of the sum of their squares.
 
-        Counts what is held several times (over tensor ranks, or by tied embeddings) on one rank only; data and context
-        replicas hold equal gradients unless the optimizer is distributed.
+        What is held several times (over tensor ranks, by tied embeddings, or by replicas, which hold equal gradients
+        unless the optimizer is distributed) counts on one rank only. Float64, shape ().
         """
         self.wrapper.prepare_grads()
         gradients = self.wrapper.get_main_grads_for_grad_norm()
-        if not gradients:
+        if not gradients or (self.family.replica > 0 and not self.distributed):
             return torch.zeros((), dtype=torch.float64)
         return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 

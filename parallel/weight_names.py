@@ -1,8 +1,9 @@
 """Canonical names of weights, and which part of them each local parameter of Megatron's GPTModel is. Arithmetic only.
 
-Canonical names and shapes are those of Hugging Face's LlamaForCausalLM. Megatron fuses the query, key and value weights
+Canonical names and shapes are those of Hugging Face's LlamaForCausalLM, and with experts of MixtralForCausalLM as it is
+stored: a matrix for each projection of each expert. Megatron fuses the query, key and value weights
 (interleaved by key-value group) and the gate and up weights, numbers layers within a chunk, and slices over tensor
-ranks: by rows, or by columns for the projections back into the residual stream.
+ranks: by rows, or by columns for the projections back into the residual stream. An expert rank's experts are stacked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from parallel.boxes import Box
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 OUTPUT = "lm_head.weight"
+# Within a layer.
+ROUTER = "block_sparse_moe.gate.weight"
+WHOLE = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.router.weight": ROUTER,
+}
+"""What every tensor rank holds all of, by its name in Megatron."""
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -36,7 +45,13 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def boxes_of_parameter(
-    model: ModelConfig, parameter: str, *, first_layer: int, tensor_rank: int, tensor_size: int
+    model: ModelConfig,
+    parameter: str,
+    *,
+    first_layer: int,
+    tensor_rank: int,
+    tensor_size: int,
+    experts: range = range(0),
 ) -> tuple[Box, ...]:
     """What the rows of a local parameter are, from top to bottom.
 
@@ -46,6 +61,7 @@ def boxes_of_parameter(
         first_layer: number in the model of the chunk's first layer, from 0.
         tensor_rank: of the rank that holds it.
         tensor_size: number of tensor ranks.
+        experts: numbers of the experts that the rank holds in each layer.
     """
     part = _TensorPart(tensor_rank, tensor_size)
     vocabulary = (model.vocab_size, model.hidden_size)
@@ -59,12 +75,21 @@ def boxes_of_parameter(
         case ["decoder", "layers", number, *rest]:
             layer = f"model.layers.{first_layer + int(number)}."
             shapes = {layer + name: shape for name, shape in _layer_shapes(model).items()}
+            if rest[:2] == ["mlp", "experts"]:
+                return _boxes_of_experts(".".join(rest[2:]), layer, shapes, part, experts)
             return _boxes_in_layer(model, ".".join(rest), layer, shapes, part)
     raise AssertionError(f"Megatron has a parameter that the model should not have: {parameter}")
 
 
+def experts_of_rank(model: ModelConfig, expert_rank: int, expert_size: int) -> range:
+    """Numbers of the experts that an expert rank holds in each layer; none in a dense model."""
+    num_experts = model.experts.num_experts if model.experts else 0
+    share = num_experts // expert_size
+    return range(expert_rank * share, (expert_rank + 1) * share)
+
+
 def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    hidden = model.hidden_size
     queries, keys = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
     return {
         "input_layernorm.weight": (hidden,),
@@ -73,10 +98,23 @@ def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj.weight": (keys, hidden),
         "self_attn.o_proj.weight": (hidden, queries),
         "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
-    }
+    } | _feed_forward_shapes(model)
+
+
+def _feed_forward_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    up, down = (model.ffn_hidden_size, model.hidden_size), (model.hidden_size, model.ffn_hidden_size)
+    if model.experts is None:
+        return {"mlp.gate_proj.weight": up, "mlp.up_proj.weight": up, "mlp.down_proj.weight": down}
+    shapes: dict[str, tuple[int, ...]] = {ROUTER: (model.experts.num_experts, model.hidden_size)}
+    for expert in range(model.experts.num_experts):
+        shapes |= dict(zip(_expert_names(expert), (up, up, down), strict=True))
+    return shapes
+
+
+def _expert_names(expert: int) -> tuple[str, str, str]:
+    """The gate, up and down projections of an expert, within a layer."""
+    gate, up, down = (f"block_sparse_moe.experts.{expert}.{name}.weight" for name in ("w1", "w3", "w2"))
+    return gate, up, down
 
 
 def _boxes_in_layer(
@@ -91,11 +129,9 @@ def _boxes_in_layer(
     def whole(name: str) -> Box:
         return part.whole(layer + name, shapes[layer + name])
 
+    if parameter in WHOLE:
+        return (whole(WHOLE[parameter]),)
     match parameter:
-        case "input_layernorm.weight":
-            return (whole("input_layernorm.weight"),)
-        case "pre_mlp_layernorm.weight":
-            return (whole("post_attention_layernorm.weight"),)
         case "self_attention.linear_qkv.weight":
             groups = model.num_kv_heads // part.size
             heads = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
@@ -107,6 +143,18 @@ def _boxes_in_layer(
         case "mlp.linear_fc2.weight":
             return (columns("mlp.down_proj.weight"),)
     raise AssertionError(f"Megatron has a parameter that a layer should not have: {parameter}")
+
+
+def _boxes_of_experts(
+    parameter: str, layer: str, shapes: dict[str, tuple[int, ...]], part: _TensorPart, experts: range
+) -> tuple[Box, ...]:
+    names = [[layer + name for name in _expert_names(expert)] for expert in experts]
+    match parameter:
+        case "gate_up":
+            return tuple(part.rows(name, shapes[name]) for gate, up, _ in names for name in (gate, up))
+        case "down":
+            return tuple(part.columns(down, shapes[down]) for _, _, down in names)
+    raise AssertionError(f"Megatron has a parameter that experts should not have: {parameter}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,19 @@
 
 A rule is a small function `(config, machine) -> Iterator[Problem]`; all of them are asked, and what they find is raised
 at once. They live in `rules_layout.py` (model, batch and axes), `rules_engine.py` (what a backend offers),
-`rules_stages.py` (stages and what they refer to), `rules_compression.py` (pruning and distillation) and
-`rules_place.py` (this machine, its disks and the cluster). Fields on their own are checked when they are decoded.
+`rules_experts.py` (mixtures of experts), `rules_stages.py` (stages and what they refer to), `rules_compression.py`
+(pruning and distillation) and `rules_place.py` (this machine, its disks and the cluster). Fields on their own are
+checked when they are decoded.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd
 
 from conf.errors import ConfigError, Problem
 from conf.schema import RunConfig
-from recipes import rules_compression, rules_engine, rules_layout, rules_place, rules_stages
+from recipes import rules_compression, rules_engine, rules_experts, rules_layout, rules_place, rules_stages
 from recipes.machine import Machine
 from recipes.rules_layout import mesh_of
 from recipes.rules_place import CPU_RANK_BYTES, uses_gpu
@@ -21,10 +23,17 @@ RULES = (
     *rules_stages.RULES,
     *rules_layout.RULES,
     *rules_engine.RULES,
+    *rules_experts.RULES,
     *rules_compression.RULES,
     *rules_place.RULES,
 )
-WARNINGS = (*rules_stages.WARNINGS, *rules_layout.WARNINGS, *rules_compression.WARNINGS, *rules_place.WARNINGS)
+WARNINGS = (
+    *rules_stages.WARNINGS,
+    *rules_layout.WARNINGS,
+    *rules_experts.WARNINGS,
+    *rules_compression.WARNINGS,
+    *rules_place.WARNINGS,
+)
 
 
 def check(config: RunConfig, machine: Machine) -> None:
@@ -62,7 +71,9 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     else:
         num_ranks = min(machine.cores, machine.memory_bytes // CPU_RANK_BYTES)
     others = mesh.tensor * mesh.context * mesh.pipeline
-    data = mesh.data or _data_ranks(config, max(1, num_ranks // others), whole=not is_local)
+    # Expert groups are parts of the data x context ranks.
+    least = mesh.expert // gcd(mesh.expert, mesh.context)
+    data = mesh.data or _data_ranks(config, max(1, num_ranks // others), least, whole=not is_local)
     ranks_per_node = cluster.ranks_per_node
     if ranks_per_node is None and is_local:
         ranks_per_node = -(-others * data // cluster.num_nodes)
@@ -73,16 +84,17 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     )
 
 
-def _data_ranks(config: RunConfig, most: int, *, whole: bool) -> int:
+def _data_ranks(config: RunConfig, most: int, least: int, *, whole: bool) -> int:
     if whole:
         return most
+    most = max(most // least, 1) * least
 
     def shares_batches(data: int) -> bool:
         at = replace(config, engine=replace(config.engine, mesh=replace(config.engine.mesh, data=data)))
         uneven = (rules_layout.batches_are_shared_evenly, rules_compression.calibration_is_shared_evenly)
         return not any(problem for rule in uneven for problem in rule(at))
 
-    return next((data for data in range(most, 1, -1) if shares_batches(data)), 1)
+    return next((data for data in range(most, least, -least) if shares_batches(data)), least)
 
 
 __all__ = ["check", "mesh_of", "resolve", "uses_gpu", "warnings"]

@@ -1,4 +1,4 @@
-"""Write the incoming model as a Hugging Face `LlamaForCausalLM` directory: weights, config, tokenizer, model card."""
+"""Write the incoming model as a Hugging Face directory, a Llama or a Mixtral: weights, config, tokenizer, card."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def write_companions(
         write_json(directory / "model.safetensors.index.json", index)
     end_of_text = next(iter(given.datasets.values())).end_of_text_id
     token_ids = {"bos_token_id": None, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    write_json(directory / "config.json", llama_config(model, dtype) | token_ids)
+    write_json(directory / "config.json", hugging_face_config(model, dtype) | token_ids)
     write_json(directory / "generation_config.json", token_ids)
     shutil.copyfile(given.context.run.tokenizer_file, directory / "tokenizer.json")
     write_json(
@@ -121,14 +121,12 @@ def write_companions(
     replace_text(directory / "README.md", model_card(given, checkpoint))
 
 
-def llama_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
-    """`config.json` of a LlamaForCausalLM of this shape."""
-    return {
+def hugging_face_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
+    """`config.json` of a LlamaForCausalLM of this shape, or with experts of a MixtralForCausalLM."""
+    config: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "attention_dropout": 0.0,
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -143,6 +141,18 @@ def llama_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tied_embeddings,
         "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if model.experts is None:
+        return config | {"attention_bias": False, "mlp_bias": False}
+    return config | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": model.experts.num_experts,
+        "num_experts_per_tok": model.experts.num_experts_per_token,
+        "router_aux_loss_coef": model.experts.balance_loss,
+        "router_jitter_noise": 0.0,
+        "output_router_logits": False,
+        "sliding_window": None,
     }
 
 

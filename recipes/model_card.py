@@ -18,11 +18,16 @@ def model_card(given: StageInput, checkpoint: Checkpoint) -> str:
     provenance = checkpoint.manifest.provenance
     model = provenance.model
     rehearsal = config.scale == "rehearsal"
+    experts = ""
+    if model.experts:
+        chosen = f"{model.experts.num_experts_per_token} of {model.experts.num_experts} experts"
+        experts = f" ({model.num_active_parameters:,} a token, which goes through {chosen})"
+    tags = ["mixtral" if model.experts else "llama", config.name, *(["rehearsal"] if rehearsal else [])]
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        f"tags: [{', '.join(['llama', config.name, *(['rehearsal'] if rehearsal else [])])}]",
+        f"tags: [{', '.join(tags)}]",
         "---",
         "",
         f"# {config.name}" + (" (rehearsal)" if rehearsal else ""),
@@ -37,7 +42,7 @@ def model_card(given: StageInput, checkpoint: Checkpoint) -> str:
             "",
         ]
     lines += [
-        f"{model.num_parameters:,} parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"{model.num_parameters:,} parameters{experts}: {model.num_layers} layers, hidden {model.hidden_size}, "
         f"FFN {model.ffn_hidden_size}, {model.num_attention_heads} heads ({model.num_kv_heads} for keys and values), "
         f"vocabulary {model.vocab_size}, context {model.max_sequence_length}.",
         "",

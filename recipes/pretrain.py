@@ -88,4 +88,4 @@ def mesh_of(given: StageInput) -> Mesh:
     """The mesh of the run."""
     mesh = given.context.config.engine.mesh
     assert mesh.data is not None, "the mesh is resolved before launch"
-    return Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor)
+    return Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor, expert=mesh.expert)

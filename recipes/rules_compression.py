@@ -119,6 +119,19 @@ def named_models_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]
             earlier.append(name)
 
 
+def compressed_models_are_dense(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Experts can be neither cut nor rounded yet, and a derived student has none."""
+    if config.model.experts is None:
+        return
+    for name, stage in stages_of(config):
+        if isinstance(stage, PruneStage | QuantiseStage | DistillStage):
+            yield Problem(
+                f"stages.{name}.kind",
+                f"{stage.kind} works on dense models, and model {config.model.name} has "
+                f"{config.model.experts.num_experts} experts a layer. Leave the stage out of order.",
+            )
+
+
 def calibration_is_sound(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Calibration text is of sources there are, and of rows the model can read."""
     known = ", ".join(config.data.sources)
@@ -352,6 +365,7 @@ def cuts_are_shallow(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 
 RULES = (
     named_models_exist,
+    compressed_models_are_dense,
     calibration_is_sound,
     calibration_is_shared_evenly,
     shapes_can_be_sharded_and_exported,

@@ -17,7 +17,9 @@ def mesh_of(config: RunConfig) -> Mesh:
     """The mesh of a resolved configuration."""
     mesh = config.engine.mesh
     assert mesh.data is not None, "the mesh is resolved first"
-    return Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor)
+    # A rule of its own refuses expert groups that do not fit; the other rules look at the rest.
+    expert = mesh.expert if mesh.data * mesh.context % mesh.expert == 0 else 1
+    return Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor, expert=expert)
 
 
 def trainings_of(config: RunConfig) -> dict[str, TrainingConfig]:

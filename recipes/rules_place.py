@@ -41,18 +41,25 @@ def state_bytes(config: RunConfig) -> int:
     """Least memory the fullest rank needs for weights, gradients and Adam; activations come on top."""
     model, engine, mesh = config.model, config.engine, mesh_of(config)
     embedding = model.vocab_size * model.hidden_size
-    layers = model.num_parameters - embedding * (1 if model.tied_embeddings else 2)
+    experts = model.num_expert_parameters
+    layers = model.num_parameters - experts - embedding * (1 if model.tied_embeddings else 2)
     # The first pipeline rank holds the embedding and the last the output head; one rank of one holds both.
     ends = embedding * (2 if mesh.pipeline == 1 and not model.tied_embeddings else 1)
-    parameters = (layers // mesh.pipeline + ends) // mesh.tensor
+    dense = (layers // mesh.pipeline + ends) // mesh.tensor
+    experts = experts // (mesh.pipeline * mesh.tensor * mesh.expert)
+    parameters = dense + experts
     weights = 2 if engine.precision == "bf16" else 4
     if not trainings_of(config):
         return parameters * weights
     gradients, adam = 4, 12 if engine.precision == "bf16" else 8
-    shards = mesh.data * mesh.context
-    split = {"adam": 1, "gradients": 2, "weights": 3}  # from which ZeRO stage on
-    held = {"adam": adam, "gradients": gradients, "weights": weights}
-    return sum(parameters * held[part] // (shards if engine.zero_stage >= split[part] else 1) for part in held)
+    if engine.offload_optimizer != "none" and config.cluster.device != "cpu":
+        adam = 0
+    from_stage = ((1, adam), (2, gradients), (3, weights))
+
+    def held(parameters: int, replicas: int) -> int:
+        return sum(parameters * size // (replicas if engine.zero_stage >= stage else 1) for stage, size in from_stage)
+
+    return held(dense, mesh.num_replicas) + held(experts, mesh.num_expert_replicas)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -188,8 +195,8 @@ def other_layouts(config: RunConfig) -> Iterator[MeshConfig]:
     for tensor in divisors(math.gcd(MOST_TENSOR_RANKS, config.model.num_kv_heads)):
         for pipeline in divisors(config.model.num_layers):
             data, rest = divmod(world_size, tensor * pipeline * mesh.context)
-            if data and not rest:
-                yield MeshConfig(tensor=tensor, pipeline=pipeline, context=mesh.context, data=data, virtual_pipeline=1)
+            if data and not rest and data * mesh.context % mesh.expert == 0:
+                yield replace(mesh, tensor=tensor, pipeline=pipeline, data=data, virtual_pipeline=1)
 
 
 def _layout_that_fits(config: RunConfig, have: int) -> str:
@@ -342,6 +349,10 @@ def _differences(saved: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str,
         was, now = getattr(saved, field), getattr(wanted, field)
         if was != now:
             yield field, was, now
+    for field in ("num_experts", "num_experts_per_token"):
+        was, now = getattr(saved.experts, field, None), getattr(wanted.experts, field, None)
+        if was != now:
+            yield f"experts.{field}", was, now
 
 
 def _placeholder(path: str, value: str) -> Problem:

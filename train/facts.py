@@ -19,7 +19,7 @@ def _facts(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     else:
         where = "this machine" if config.cluster.kind == "local" else f"cluster {config.cluster.name}"
         yield "ranks", f"{world_size} on {where}"
-    yield "model", f"{count(config.model.num_parameters)} parameters\n{_shape(config.model)}"
+    yield "model", f"{_size(config.model)}\n{_shape(config.model)}"
     yield "stages", ", ".join(config.order)
     for name in config.order:
         stage = config.stages[name]
@@ -31,6 +31,14 @@ def _facts(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         yield "budget", f"{config.budget.days:g} days at {config.budget.power_mw:g} MW"
     else:
         yield "budget", "none"
+
+
+def _size(model: ModelConfig) -> str:
+    text = f"{count(model.num_parameters)} parameters"
+    if model.experts is None:
+        return text
+    chosen = f"{model.experts.num_experts_per_token} of {model.experts.num_experts} experts"
+    return f"{text}, {count(model.num_active_parameters)} a token ({chosen})"
 
 
 def _shape(model: ModelConfig) -> str:
@@ -48,4 +56,6 @@ def _mesh(config: RunConfig, world_size: int) -> str:
     data = mesh.data or max(world_size // (mesh.tensor * mesh.context * mesh.pipeline), 1)
     axes = {"tensor": mesh.tensor, "context": mesh.context, "data": data, "pipeline": mesh.pipeline}
     text = " x ".join(f"{axis} {size}" for axis, size in axes.items())
+    if mesh.expert > 1:
+        text += f", expert {mesh.expert}"
     return f"{text}\n{mesh.virtual_pipeline} layer chunks a pipeline rank" if mesh.virtual_pipeline > 1 else text

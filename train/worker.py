@@ -93,7 +93,13 @@ def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> Ran
             store = store or groups.join_store(place.master_address, place.master_port)
             groups.open_world(store, rank=place.rank, world_size=place.world_size)
         groups.enter_mesh(
-            Mesh(pipeline=mesh.pipeline, data=mesh.data, context=mesh.context, tensor=mesh.tensor),
+            Mesh(
+                pipeline=mesh.pipeline,
+                data=mesh.data,
+                context=mesh.context,
+                tensor=mesh.tensor,
+                expert=mesh.expert,
+            ),
             virtual_pipeline=mesh.virtual_pipeline,
         )
         outcome = _entry(entry)(RankContext(place=place, config=config, run=run))
@@ -134,6 +140,8 @@ def _prepare_process(place: Place, run: RunDir) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+    # Extensions that are compiled when first used: a build that was killed leaves a lock that would stop other runs.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(run.path / "torch_extensions"))
     cores = len(os.sched_getaffinity(0))
     os.environ.update(
         RANK=str(place.rank),

@@ -70,7 +70,8 @@ class Shape:
 
         The convention of `ModelConfig.train_flops_per_token`.
         """
-        active = self.attention_weights + self.experts_per_token * self.expert_weights
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        active = self.attention_weights + router + self.experts_per_token * self.expert_weights
         attention = 6 * self.layers * self.query_width * sequence
         return float(6 * (self.layers * active + self.embedding_weights) + attention)
 
@@ -87,6 +88,8 @@ def shape_of(model: ModelConfig) -> Shape:
         vocab=model.vocab_size,
         gated=True,
         tied=model.tied_embeddings,
+        experts=model.experts.num_experts if model.experts else 1,
+        experts_per_token=model.experts.num_experts_per_token if model.experts else 1,
     )
 
 

@@ -88,6 +88,7 @@ def _be_rank(
 ) -> None:
     _die_with_the_test()
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # as a launcher does; DeepSpeed reads it
     try:
         _open_world(dist.TCPStore("127.0.0.1", port, is_master=False), rank, world_size)
         result = function(*args)
@@ -134,7 +135,14 @@ def smaller_world(size: int, name: str) -> Iterator[bool]:
 
 def _open_world(store: dist.Store, rank: int, world_size: int) -> None:
     timeout = timedelta(seconds=LIMIT_SECONDS)
+
+    def meet(place: str) -> None:
+        store.set(f"rank {rank} is {place}", "")
+        # As long as it takes (ranks outside a smaller world wait here for those inside); a launch has its own limit.
+        store.wait([f"rank {other} is {place}" for other in range(world_size)], timedelta(hours=1))
+
     # gloo's ranks connect to each other more reliably when none of them is still importing torch.
-    store.set(f"rank {rank} is here", "")
-    store.wait([f"rank {other} is here" for other in range(world_size)], timeout)
+    meet("here")
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # One that left at once would close connections that others are still making.
+    meet("connected")

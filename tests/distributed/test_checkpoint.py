@@ -45,6 +45,8 @@ PROVENANCE = Provenance(
         precision="fp32",
         sequence_parallel=False,
         zero_stage=1,
+        offload_optimizer="none",
+        nvme_path=None,
         overlap=False,
         recompute="none",
     ),

@@ -37,6 +37,8 @@ LAYOUTS = {
     "sequence x pipeline": Layout(tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
     "pipeline x context": Layout(pipeline=2, context=2),
     "data": Layout(data=4, zero_stage=1, overlap=True),
+    "deepspeed zero 2": Layout(backend="deepspeed", tensor=2, data=2, zero_stage=2),
+    "deepspeed pipeline": Layout(backend="deepspeed", pipeline=2, data=2, zero_stage=1),
     "one": Layout(),
 }
 OBSERVED = {

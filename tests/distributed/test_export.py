@@ -20,7 +20,15 @@ OVERRIDES = (
 )
 
 
-def export_fresh_model(directory: str) -> Any:
+MIXTURE = ("model=mixtral_8x7b",)
+
+
+def export_fresh_models(directory: str) -> Any:
+    """What `export_fresh_model` returns, of a dense model and of a mixture of experts."""
+    return [export_fresh_model(f"{directory}/{name}", *more) for name, more in (("llama", ()), ("mixtral", MIXTURE))]
+
+
+def export_fresh_model(directory: str, *overrides: str) -> Any:
     """Save fresh weights, export them, and return our logits and those of transformers, shape (B, S, V)."""
     import torch
     from test_hugging_face import Watch
@@ -40,7 +48,7 @@ def export_fresh_model(directory: str) -> Any:
     from train.saver import Saver
     from train.worker import Place, RankContext
 
-    config = load.compose([*OVERRIDES, f"runs_dir={directory}"])
+    config = load.compose([*OVERRIDES, *overrides, f"runs_dir={directory}"])
     run = rundir.create(Path(directory), config.name)
     open_run(run, config)
     run.datasets_file.write_text(json.dumps(prepare_sources(config)))
@@ -78,11 +86,19 @@ def export_fresh_model(directory: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(run.export)
     with torch.no_grad():
         theirs = model(torch.from_numpy(batch.tokens_BS)).logits
-    return watch.seen[0].numpy(), theirs.numpy(), tokenizer.decode(batch.tokens_BS[0], skip_special_tokens=True)
+    text = tokenizer.decode(batch.tokens_BS[0], skip_special_tokens=True)
+    return watch.seen[0].numpy(), theirs.numpy(), text, type(model).__name__
 
 
-def test_exported_model_gives_our_logits_on_real_text(tmp_path: Path):
-    ours, theirs, text = run_ranks(export_fresh_model, 1, str(tmp_path))[0]
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_ranks(export_fresh_models, 1, str(tmp_path_factory.mktemp("runs")))[0]
+
+
+@pytest.mark.parametrize(("index", "architecture"), [(0, "LlamaForCausalLM"), (1, "MixtralForCausalLM")])
+def test_exported_model_gives_our_logits_on_real_text(exported: Any, index: int, architecture: str):
+    ours, theirs, text, name = exported[index]
+    assert name == architecture
     assert len(text.split()) > 20, "real text"
     assert abs(theirs).max() > 1.0, "there is something to compare"
     assert ours == pytest.approx(theirs, abs=1e-4)

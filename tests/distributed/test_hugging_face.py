@@ -17,7 +17,8 @@ from parallel.initial import InitialWeights
 from parallel.loss import CrossEntropy
 from parallel.weight_names import logical_shapes
 
-NUM_STEPS = 5
+NUM_STEPS = 20
+ENGINES = {"megatron": Layout(), "deepspeed": Layout(backend="deepspeed", zero_stage=2)}
 LEARNING_RATE = 1e-3
 # Weights large enough that attention is far from uniform, so that angles, scales and head order matter.
 MODELS = [
@@ -42,13 +43,16 @@ def train_both() -> list[dict[str, Any]]:
 
     groups.enter_mesh(Layout().mesh)
     try:
-        return [{"ours": _ours(model), "theirs": _theirs(model)} for model in MODELS]
+        return [
+            {name: _ours(model, layout) for name, layout in ENGINES.items()} | {"theirs": _theirs(model)}
+            for model in MODELS
+        ]
     finally:
         groups.leave_mesh()
 
 
-def _ours(model: ModelConfig) -> Any:
-    engine = tiny_engine(Layout(), model)
+def _ours(model: ModelConfig, layout: Layout) -> Any:
+    engine = tiny_engine(layout, model)
     engine.load_weights(InitialWeights(model, 2))
     watch = Watch()
     steps = [
@@ -122,16 +126,18 @@ def found() -> list[dict[str, Any]]:
     return run_ranks(train_both, 1)[0]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("index", range(len(MODELS)), ids=[model.name for model in MODELS])
-def test_logits_are_those_of_llama(found, index):
-    ours, theirs = found[index]["ours"]["logits"], found[index]["theirs"]["logits"]
+def test_logits_are_those_of_llama(found, index, engine):
+    ours, theirs = found[index][engine]["logits"], found[index]["theirs"]["logits"]
     assert abs(theirs).max() > 1.0, "there is something to compare"
     assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-5)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("index", range(len(MODELS)), ids=[model.name for model in MODELS])
-def test_training_follows_llama_under_torch_adamw(found, index):
-    ours, theirs = found[index]["ours"], found[index]["theirs"]
+def test_training_follows_llama_under_torch_adamw(found, index, engine):
+    ours, theirs = found[index][engine], found[index]["theirs"]
     assert ours["losses"][0] == pytest.approx(theirs["losses"][0], abs=1e-5)
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
     assert ours["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-4)

@@ -55,30 +55,38 @@ class Layout:
     pipeline: int = 1
     virtual_pipeline: int = 1
     data: int = 1
+    expert: int = 1
     sequence_parallel: bool = False
+    backend: str = "megatron"
     zero_stage: int = 0
+    offload_optimizer: str = "none"
+    nvme_path: str | None = None
     overlap: bool = False
     precision: str = "fp32"
     recompute: str = "none"
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(pipeline=self.pipeline, data=self.data, context=self.context, tensor=self.tensor)
+        axes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
+        return Mesh(**axes, expert=self.expert)
 
     @property
     def engine(self) -> EngineConfig:
         return EngineConfig(
-            backend="megatron",
+            backend=self.backend,  # type: ignore[arg-type]
             mesh=MeshConfig(
                 tensor=self.tensor,
                 context=self.context,
                 pipeline=self.pipeline,
                 virtual_pipeline=self.virtual_pipeline,
                 data=self.data,
+                expert=self.expert,
             ),
             precision=self.precision,  # type: ignore[arg-type]
             sequence_parallel=self.sequence_parallel,
             zero_stage=self.zero_stage,  # type: ignore[arg-type]
+            offload_optimizer=self.offload_optimizer,  # type: ignore[arg-type]
+            nvme_path=self.nvme_path,
             overlap=self.overlap,
             recompute=self.recompute,  # type: ignore[arg-type]
         )

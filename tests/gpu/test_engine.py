@@ -53,6 +53,8 @@ def engine_config(precision: str, **changes: object) -> EngineConfig:
         "precision": precision,
         "sequence_parallel": False,
         "zero_stage": 1,
+        "offload_optimizer": "none",
+        "nvme_path": None,
         "overlap": True,
         "recompute": "none",
     }

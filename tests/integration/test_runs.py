@@ -163,12 +163,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return losses(ended.run)
 
 
-def test_two_runs_at_once_on_one_machine_and_both_launchers_follow_the_same_curve(
+def test_two_runs_at_once_on_one_machine_and_both_launchers_and_engines_follow_the_same_curve(
     tmp_path: Path, reference: dict[int, float]
 ):
     layouts = {
         "gang": ("engine.mesh.tensor=2", "engine.mesh.pipeline=1"),
-        "ray_train": ("engine.mesh.pipeline=2", "engine.mesh.virtual_pipeline=2"),
+        "ray_train": ("engine=deepspeed", "engine.mesh.pipeline=2"),
     }
     logs = {name: tmp_path / f"{name}.txt" for name in layouts}
     first = started(tmp_path / "gang", *TINY_FOUNDATION, *layouts["gang"], log=logs["gang"])
@@ -185,7 +185,7 @@ def test_two_runs_at_once_on_one_machine_and_both_launchers_follow_the_same_curv
 
 
 def test_killed_runs_resume_to_the_same_curve_past_a_damaged_checkpoint(tmp_path: Path, reference: dict[int, float]):
-    """SIGKILL of the driver in the middle, one flipped byte in the newest checkpoint, another mesh after it."""
+    """SIGKILL of the driver in the middle, one flipped byte in the newest checkpoint, then the other engine."""
     overrides = (*SLOW_STEPS, "stages.pretrain.training.checkpoint_every_steps=4", "engine.mesh.data=2")
     with started(tmp_path, *overrides, log=tmp_path / "first.txt") as process:
         wait_for(lambda: has_step(tmp_path, "foundation", 9), 120, "step 9")
@@ -204,7 +204,7 @@ def test_killed_runs_resume_to_the_same_curve_past_a_damaged_checkpoint(tmp_path
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    ended = train(tmp_path, "recipe=foundation", "resume=latest", "engine.mesh.data=1")
+    ended = train(tmp_path, "recipe=foundation", "resume=latest", "engine=deepspeed", "engine.mesh.data=1")
     assert ended.code == 0, ended.output
     assert ended.run == run
     assert str(file) in ended.output

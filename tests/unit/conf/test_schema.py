@@ -35,6 +35,23 @@ def test_parameters_are_counted_matrix_by_matrix(config):
     assert model.num_matmul_parameters == replace(model, tied_embeddings=True).num_matmul_parameters == matrices + 110
 
 
+def test_mixture_of_experts_has_the_parameters_of_mixtral_8x7b():
+    model = compose(["recipe=foundation", "model=mixtral_8x7b"]).full_size.model
+    assert model.num_parameters == 46_702_792_704
+    assert model.num_active_parameters == 12_879_925_248
+    assert model.num_parameters - model.num_active_parameters == 6 * 32 * 3 * 4096 * 14336
+    assert model.num_expert_parameters == 8 * 32 * 3 * 4096 * 14336
+
+
+def test_token_is_multiplied_by_its_experts_and_the_router():
+    model = compose(["recipe=foundation", "model=mixtral_8x7b"]).model
+    dense = replace(model, experts=None, ffn_hidden_size=2 * model.ffn_hidden_size)
+    router = model.num_layers * model.hidden_size * 8
+    assert model.num_matmul_parameters == dense.num_matmul_parameters + router
+    assert model.train_flops_per_token(128) == dense.train_flops_per_token(128) + 6 * router
+    assert dense.num_expert_parameters == 0 and dense.num_active_parameters == dense.num_parameters
+
+
 def test_flops_are_six_a_matmul_weight_and_half_the_attention_square(config):
     model, length = config.full_size.model, 8192
     # Forward, one sequence and layer: two products of (S x d) and (d x S) a head, 2 S^2 d FLOPs each; half is causal;

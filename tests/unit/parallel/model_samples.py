@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from conf.schema import ModelConfig
+from dataclasses import replace
+
+from conf.schema import ExpertsConfig, ModelConfig
 
 MODEL = ModelConfig(
     name="small",
@@ -18,4 +20,11 @@ MODEL = ModelConfig(
     norm_epsilon=1e-5,
     init_std=0.02,
     tied_embeddings=False,
+)
+MIXTURE = replace(
+    MODEL,
+    name="small-mixture",
+    experts=ExpertsConfig(
+        num_experts=6, num_experts_per_token=2, balance_loss=0.01, router_z_loss=0.001, capacity_factor=None
+    ),
 )

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_samples import MODEL
+from model_samples import MIXTURE, MODEL
 
 from conf.errors import CheckpointError
 from parallel.initial import InitialWeights
@@ -34,6 +35,15 @@ def test_weights_have_the_asked_spread_and_residual_projections_less():
         expected = 0.5 / (2 * WIDE.num_layers) ** 0.5 if "down" in name else 0.5
         assert weights.read(full, (0, 0), SHAPES[full]).std().item() == pytest.approx(expected, rel=0.03)
     assert weights.read("model.norm.weight", (4,), (3,)).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_experts_start_apart_and_their_way_back_is_narrowed():
+    model = replace(MIXTURE, init_std=0.5)
+    weights, layer = InitialWeights(model, 3), "model.layers.0.block_sparse_moe."
+    down = [weights.read(f"{layer}experts.{expert}.w2.weight", (0, 0), (24, 40)) for expert in range(6)]
+    assert torch.stack(down).std().item() == pytest.approx(0.5 / (2 * model.num_layers) ** 0.5, rel=0.03)
+    assert all((one - other).abs().mean() > 0.1 for one, other in combinations(down, 2))
+    assert weights.read(f"{layer}gate.weight", (0, 0), (6, 24)).std().item() == pytest.approx(0.5, rel=0.2)
 
 
 def test_seed_name_and_row_block_each_change_the_weights():

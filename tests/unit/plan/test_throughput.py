@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import BUSY, LLAMA_8B, LLAMA_70B, MIXTRAL
 
+from conf.load import compose
 from conf.schema import ModelConfig
 from parallel.plan.hardware import GPUS
 from parallel.plan.layout import DEEPSPEED, TORCHTITAN, Layout
 from parallel.plan.memory import stage_memory
-from parallel.plan.shapes import Shape, shape_of
+from parallel.plan.shapes import Shape, public_model, shape_of
 from parallel.plan.throughput import StepTime, step_time
 
 H100 = GPUS["H100"]
@@ -125,3 +126,11 @@ def test_flops_are_counted_as_the_run_counts_them():
     assert isinstance(shape, Shape)
     assert shape.num_parameters == model.num_parameters
     assert shape.train_flops_per_token(8192) == model.train_flops_per_token(8192)
+
+
+def test_planner_and_configuration_agree_on_a_mixture_of_experts():
+    model = compose(["recipe=foundation", "model=mixtral_8x7b"]).full_size.model
+    shape = shape_of(model)
+    assert shape.num_parameters == model.num_parameters
+    assert shape.train_flops_per_token(8192) == model.train_flops_per_token(8192)
+    assert shape == public_model("mixtral-8x7b").shape()

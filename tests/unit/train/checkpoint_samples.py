@@ -36,6 +36,8 @@ ENGINE = EngineConfig(
     precision="fp32",
     sequence_parallel=False,
     zero_stage=1,
+    offload_optimizer="none",
+    nvme_path=None,
     overlap=False,
     recompute="none",
 )
