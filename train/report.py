@@ -19,6 +19,7 @@ from conf.schema import RunConfig, TrainingStage
 from train.facts import facts
 from train.metrics import FILE_NAME, read
 from train.quantities import byte_size, count, duration, estimate, percent
+from train.report_compression import compression_sections
 from train.report_style import page, table
 from train.rundir import replace_text
 from train.summary import RunSummary, StageSummary, exceeds_noise, summarise
@@ -48,6 +49,7 @@ def _sections(run_dir: Path, config: RunConfig, summary: RunSummary) -> Iterator
     yield _header(run_dir, config, summary)
     yield _incomplete(config, summary)
     yield _tiles(summary)
+    yield from compression_sections(summary)
     yield _learning(config, summary)
     yield _evaluation(summary)
     yield _comparisons(summary)

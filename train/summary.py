@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.metrics import (
+    Candidate,
     Checkpoint,
     Comparison,
     Evaluation,
     Export,
     Message,
+    Quantisation,
     Record,
     RunStarted,
     StageStarted,
     Step,
+    Target,
     Validation,
     steps_of,
     validations_of,
@@ -77,6 +80,9 @@ class RunSummary:
     stages: list[StageSummary]
     evaluations: list[Evaluation]
     comparisons: list[Comparison]
+    candidates: list[Candidate]
+    quantisations: list[Quantisation]
+    targets: list[Target]
     checkpoints: list[Checkpoint]
     exports: list[Export]
     messages: list[Message]
@@ -104,6 +110,9 @@ def summarise(records: Sequence[Record]) -> RunSummary:
     checkpoints: dict[tuple[str, int], Checkpoint] = {}
     exports: dict[str, Export] = {}
     messages: list[Message] = []
+    candidates: dict[tuple[str, str], Candidate] = {}
+    quantisations: dict[tuple[str, str], Quantisation] = {}
+    targets: dict[str, Target] = {}
     started, status, exit_code = None, "running", None
     for record in records:
         match record["kind"]:
@@ -119,6 +128,13 @@ def summarise(records: Sequence[Record]) -> RunSummary:
                 checkpoints[record["stage"], record["step"]] = record
             case "export":
                 exports[record["path"]] = record
+            case "candidate":
+                shape = {key: value for key, value in record.items() if key.startswith(("num_", "hidden_", "ffn_"))}
+                candidates[record["stage"], str(shape)] = record
+            case "quantisation":
+                quantisations[record["stage"], record["part"]] = record
+            case "target":
+                targets[record["name"]] = record
             case "message":
                 messages.append(record)
     return RunSummary(
@@ -130,6 +146,9 @@ def summarise(records: Sequence[Record]) -> RunSummary:
         stages=_stages(records),
         evaluations=list(evaluations.values()),
         comparisons=list(comparisons.values()),
+        candidates=list(candidates.values()),
+        quantisations=list(quantisations.values()),
+        targets=list(targets.values()),
         checkpoints=list(checkpoints.values()),
         exports=list(exports.values()),
         messages=messages,
