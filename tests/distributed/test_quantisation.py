@@ -65,7 +65,7 @@ def _export(directory: Path, scheme: str) -> None:
     from safetensors.torch import save_file
 
     from recipes.compressed_tensors import compressed_tensors, mark_quantised
-    from recipes.export import llama_config
+    from recipes.export import hugging_face_config
     from recipes.quantise import Quantisation
 
     directory.mkdir()
@@ -73,7 +73,7 @@ def _export(directory: Path, scheme: str) -> None:
     # As an export stage has it: the rounded weights, read back as floats.
     tensors = {name: weights.read(name, (0,) * len(size), size) for name, size in logical_shapes(WILD).items()}
     save_file(compressed_tensors(tensors, quantisation), directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(llama_config(WILD, torch.float32)))
+    (directory / "config.json").write_text(json.dumps(hugging_face_config(WILD, torch.float32)))
     mark_quantised(directory, quantisation, WILD.num_layers)
 
 

@@ -44,6 +44,8 @@ def test_a_window_names_the_documents_it_covers(make_dataset: MakeDataset) -> No
     for start in range(0, len(owner) - 300, 97):
         expected = list(dict.fromkeys(owner[start : start + 300].tolist()))
         assert dataset.document_ids("train", start, 300) == expected
+        numbers = dataset.document_numbers("train", start, 300)
+        assert [dataset.document("train", number).id for number in numbers] == expected
     first = len(documents[0].tokens)
     assert dataset.document_ids("train", 0, first) == [documents[0].id]
     assert dataset.document_ids("train", first, 1) == [documents[1].id]
