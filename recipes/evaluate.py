@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from data.held_out import held_out_batches
 from data.ngram import NGram
 from parallel.engine import make_engine
 from recipes.pretrain import mesh_of
-from recipes.quantise import quantisation_of, run_quantised
+from recipes.quantise import Quantisation, is_quantised, quantisation_of, run_quantised
 from recipes.rules_compression import present
 from recipes.stage import StageInput, StageOutput, open_datasets
 from train.checkpoint import Checkpoint
@@ -72,8 +74,10 @@ def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
     engine = make_engine(checkpoint.manifest.provenance.model, config, None, mesh, micro_batch=stage.micro_batch)
     try:
         engine.load_weights(checkpoint.weights)
-        run_quantised(engine, quantisation_of(context.run, name))
-        return {
+        quantisation = quantisation_of(context.run, name)
+        run_quantised(engine, quantisation)
+        started = time.monotonic()
+        scores = {
             (name, source): score_documents(
                 engine,
                 held_out_batches(
@@ -87,8 +91,30 @@ def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
             )
             for source in stage.sources
         }
+        seconds = time.monotonic() - started
     finally:
         engine.close()
+    if context.is_first:
+        MetricsWriter(context.run.metrics_file).write(
+            "variant",
+            stage=given.name,
+            model=name,
+            num_parameters=checkpoint.manifest.provenance.model.num_parameters,
+            weight_bytes=weight_bytes(checkpoint, quantisation, 2 if config.precision == "bf16" else 4),
+            prefill_tokens_per_second=sum(each.num_tokens for each in scores.values()) / seconds,
+        )
+    return scores
+
+
+def weight_bytes(checkpoint: Checkpoint, quantisation: Quantisation | None, itemsize: int) -> int:
+    """What the weights take as they are exported: rounded matrices a byte an element and a scale a row."""
+    total = 0
+    for name, shape in checkpoint.weights.shapes().items():
+        if quantisation is not None and is_quantised(name, quantisation.kept_layers):
+            total += math.prod(shape) + itemsize * shape[0]
+        else:
+            total += itemsize * math.prod(shape)
+    return total
 
 
 def score_baseline(given: StageInput, stage: EvaluateStage, name: str) -> Scores:

@@ -17,6 +17,8 @@ Every record has `kind` and `time` (unix seconds). Written by the driver (D) or 
                        standard_error (over rows), seconds      (the first of a stage is the parent itself)
     quantisation (R)   stage, scheme, part (`layer N` alone, or `all`), cost (nats a token, on calibration text),
                        standard_error (over rows), agreement (share of equal likeliest tokens), kept (not rounded)
+    variant (R)        stage, model, num_parameters, weight_bytes (as exported), prefill_tokens_per_second (of scoring
+                       all held-out text, all ranks; INT8 is computed in floating point)
     target (R)         stage, name, model, baseline, source, value, standard_error, limit, met
     export (R)         stage, path, num_bytes
     stage_ended (R)    stage, seconds
@@ -180,6 +182,18 @@ class Quantisation(TypedDict):
     kept: bool
 
 
+class Variant(TypedDict):
+    """How large a scored model is, and how fast it reads."""
+
+    kind: Literal["variant"]
+    time: NotRequired[float]
+    stage: str
+    model: str
+    num_parameters: int
+    weight_bytes: int
+    prefill_tokens_per_second: float
+
+
 class Target(TypedDict):
     """What was promised, and what was reached."""
 
@@ -245,6 +259,7 @@ Record = (
     | Candidate
     | Quantisation
     | Target
+    | Variant
     | Export
     | StageEnded
     | Message

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from train.metrics import Candidate, Quantisation, Target
-from train.quantities import count, estimate, percent
+from train.quantities import byte_size, count, estimate, percent
 from train.report_style import table
 from train.summary import RunSummary
 
@@ -15,6 +15,8 @@ def compression_sections(summary: RunSummary) -> Iterator[str]:
     """Sections of the page; none where the run made no smaller model."""
     if summary.targets:
         yield _targets(summary.targets)
+    if len(summary.variants) > 1:
+        yield _variants(summary)
     for stage in dict.fromkeys(each["stage"] for each in summary.candidates):
         yield _candidates(stage, [each for each in summary.candidates if each["stage"] == stage])
     for stage in dict.fromkeys(each["stage"] for each in summary.quantisations):
@@ -52,6 +54,30 @@ def _targets(targets: Sequence[Target]) -> str:
         '<h2>Targets</h2><p class="said">Each model next to the control it is fair to compare it with, on the same '
         "documents; errors are standard errors over documents. A rehearsal's models are far too small to say anything "
         f"about full size.</p><div class='card'>{table(head, rows, numbers=frozenset({2, 3}))}</div>"
+    )
+
+
+def _variants(summary: RunSummary) -> str:
+    scores = {(each["model"], each["source"]): each for each in summary.evaluations}
+    rows = []
+    for each in summary.variants:
+        row = [escape(each["model"]), count(each["num_parameters"]), byte_size(each["weight_bytes"])]
+        for source in summary.sources:
+            score = scores.get((each["model"], source))
+            error = 100 * score["accuracy_standard_error"] if score else 0
+            row.append(f"{percent(score['accuracy'])} &plusmn; {error:.1f}" if score else "")
+        rows.append([*row, f"{count(each['prefill_tokens_per_second'])} tokens/s"])
+    head = [
+        "model",
+        "parameters",
+        "weights on disk",
+        *(f"accuracy: {escape(each)}" for each in summary.sources),
+        "prefill",
+    ]
+    return (
+        '<h2>Variants</h2><p class="said">Prefill is the scoring of all held-out text by all ranks of this run; INT8 '
+        "is computed in floating point here, so its row says nothing of the speed of an INT8 kernel.</p>"
+        f"<div class='card'>{table(head, rows, numbers=frozenset(range(1, len(head))))}</div>"
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from train.metrics import (
     Candidate,
@@ -19,9 +20,12 @@ from train.metrics import (
     Step,
     Target,
     Validation,
+    Variant,
     steps_of,
     validations_of,
 )
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +87,7 @@ class RunSummary:
     candidates: list[Candidate]
     quantisations: list[Quantisation]
     targets: list[Target]
+    variants: list[Variant]
     checkpoints: list[Checkpoint]
     exports: list[Export]
     messages: list[Message]
@@ -110,9 +115,6 @@ def summarise(records: Sequence[Record]) -> RunSummary:
     checkpoints: dict[tuple[str, int], Checkpoint] = {}
     exports: dict[str, Export] = {}
     messages: list[Message] = []
-    candidates: dict[tuple[str, str], Candidate] = {}
-    quantisations: dict[tuple[str, str], Quantisation] = {}
-    targets: dict[str, Target] = {}
     started, status, exit_code = None, "running", None
     for record in records:
         match record["kind"]:
@@ -128,13 +130,6 @@ def summarise(records: Sequence[Record]) -> RunSummary:
                 checkpoints[record["stage"], record["step"]] = record
             case "export":
                 exports[record["path"]] = record
-            case "candidate":
-                shape = {key: value for key, value in record.items() if key.startswith(("num_", "hidden_", "ffn_"))}
-                candidates[record["stage"], str(shape)] = record
-            case "quantisation":
-                quantisations[record["stage"], record["part"]] = record
-            case "target":
-                targets[record["name"]] = record
             case "message":
                 messages.append(record)
     return RunSummary(
@@ -146,13 +141,26 @@ def summarise(records: Sequence[Record]) -> RunSummary:
         stages=_stages(records),
         evaluations=list(evaluations.values()),
         comparisons=list(comparisons.values()),
-        candidates=list(candidates.values()),
-        quantisations=list(quantisations.values()),
-        targets=list(targets.values()),
+        candidates=_newest((each for each in records if each["kind"] == "candidate"), _shape_of),
+        quantisations=_newest(
+            (each for each in records if each["kind"] == "quantisation"), lambda each: (each["stage"], each["part"])
+        ),
+        targets=_newest((each for each in records if each["kind"] == "target"), lambda each: each["name"]),
+        variants=_newest((each for each in records if each["kind"] == "variant"), lambda each: each["model"]),
         checkpoints=list(checkpoints.values()),
         exports=list(exports.values()),
         messages=messages,
     )
+
+
+def _newest(records: Iterable[R], key: Callable[[R], Hashable]) -> list[R]:
+    """The last record of each key, in the order in which keys first came."""
+    return list({key(record): record for record in records}.values())
+
+
+def _shape_of(candidate: Candidate) -> Hashable:
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads")
+    return candidate["stage"], *(candidate[size] for size in sizes)  # type: ignore[literal-required]
 
 
 def exceeds_noise(comparison: Comparison) -> bool:

@@ -81,6 +81,15 @@ def test_a_promise_that_is_not_kept_is_said_with_what_was_reached():
     assert "94.8 ± 0.4 %" in page and page.count("not met") == 1 and "99.9 ± 0.4 %" in page
 
 
+def test_variants_stand_side_by_side_with_size_accuracy_and_speed():
+    def variant(model, size):
+        fields = {"num_parameters": size, "weight_bytes": 4 * size, "prefill_tokens_per_second": 5e9 / size}
+        return {"kind": "variant", "stage": "evaluate", "model": model, **fields}
+
+    page = "".join(compression_sections(summarise([variant("specialise", 1_000_000), variant("recover", 700_000)])))
+    assert "700K" in page and "2.7 MiB" in page and "tokens/s" in page
+
+
 def test_a_layer_left_in_higher_precision_is_named():
     (row,) = [row for row in "".join(compression_sections(summarise(RECORDS))).split("<tr") if "layer 1" in row]
     assert "kept in higher precision" in row
