@@ -183,7 +183,6 @@ def provenance() -> Provenance:
         sequence_parallel=False,
         zero_stage=0,
         offload_optimizer="none",
-        nvme_path=None,
         overlap=False,
         recompute="none",
     )

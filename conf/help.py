@@ -10,8 +10,10 @@ _TEXT = """\
 Train a recipe: on this machine as a rehearsal, on a cluster at full size.
 
   python -m train recipe=business_module                     rehearse on this machine
+  python -m train recipe=business_module cluster=h200_slurm  the real run, queued with Slurm (python -m slurm --help)
   python -m train recipe=business_module cluster=h200_ray    the real run, on a running Ray cluster
   python -m train recipe=business_module action=check        check everything, start nothing
+  python -m train recipe=business_module cluster=h200_slurm action=dry_run    write the Slurm job, submit nothing
 
 Recipes (recipe=NAME)
 {recipes}

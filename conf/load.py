@@ -35,8 +35,8 @@ _PLACE_OVERRIDE = re.compile(r"[+~]*(launcher|seed|runs_dir|model|engine|data|cl
 _PLAIN_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
-def main(run: Callable[[RunConfig], int]) -> None:
-    """Compose what the command line asks for, call `run` with it (once a job of a sweep) and exit with its code.
+def main(run: Callable[[RunConfig], int], finish: Callable[[], None] = lambda: None) -> None:
+    """Compose what the command line asks for, call `run` with it (once a job of a sweep), then `finish`, and exit.
 
     Faults of the configuration, and any `UserError` of `run`, are printed and exit with 2. A sweep goes on after a job
     that failed (1), and ends with one that was stopped or refused (anything else).
@@ -74,9 +74,10 @@ def main(run: Callable[[RunConfig], int]) -> None:
         if given.multirun:
             _check_jobs(overrides, given.config_dir)
         hydra.main(config_path=str(CONF), config_name="config", version_base=None)(task)()
+        finish()
     except _composition_errors() as error:
         _refuse(ConfigError(_diagnose(error, overrides, config_dir=given.config_dir, sweep=given.multirun)))
-    except ConfigError as error:
+    except UserError as error:
         _refuse(error)
     except OSError as error:
         if codes:

@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 Scale = Literal["rehearsal", "full"]
-Action = Literal["run", "check"]
+Action = Literal["run", "check", "dry_run"]
 Launcher = Literal["gang", "ray_train"]
 Precision = Literal["fp32", "bf16"]
 
@@ -147,10 +147,8 @@ class EngineConfig(Strict):
     """Split norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
     zero_stage: Literal[0, 1, 2, 3]
     """Split over the data (and context) ranks: 1 optimizer state, 2 gradients as well, 3 weights as well."""
-    offload_optimizer: Literal["none", "cpu", "nvme"]
-    """Where optimizer state lives and Adam runs: with the weights, or in host memory (nvme: kept in files between)."""
-    nvme_path: str | None
-    """Directory on a local disk for `offload_optimizer: nvme`."""
+    offload_optimizer: Literal["none", "cpu"]
+    """Where optimizer state lives and Adam runs: with the weights, or in host memory."""
     overlap: bool
     """Overlap gradient reduction (and gathering of split weights) with computation."""
     recompute: Literal["none", "selective", "full"]
@@ -443,12 +441,77 @@ class DataConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ContainerConfig(Strict):
+    """The image everything of a job runs in, on every node."""
+
+    runtime: Literal["none", "pyxis", "apptainer"]
+    image: str | None
+    mounts: tuple[str, ...]
+    """`HOST:CONTAINER`, besides the run's own directories, which are mounted where they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreflightConfig(Strict):
+    """What a node must show before it is given ranks; thresholds of 0 switch a measurement off."""
+
+    intra_node_gb_per_second: NonNegativeFloat
+    """Least bus bandwidth of an all-reduce over the ranks of one node."""
+    node_pair_gb_per_second: NonNegativeFloat
+    """Least bus bandwidth of an all-reduce over the ranks of two nodes."""
+    infiniband_ports: NonNegativeInt
+    """Active ports a node must have."""
+    infiniband_gbit_per_second: NonNegativeFloat
+    """Least rate of each of them, e.g. 400 for NDR."""
+    local_disk_gib: NonNegativeFloat
+    """Least free space on the node's own temporary disk."""
+    clock_seconds: PositiveFloat
+    """Largest difference of a node's clock to the first node's."""
+    timeout_seconds: PositiveFloat
+    """A node that has not reported by then has failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmConfig(Strict):
+    """What is asked of Slurm, and what surrounds a run on its nodes. Null leaves the cluster's own default."""
+
+    account: str | None
+    partition: str | None
+    qos: str | None
+    reservation: str | None
+    time_limit_minutes: PositiveInt | None
+    signal_seconds: PositiveInt
+    """The run is asked to save and stop this long before its time limit; it is then queued again."""
+    spare_nodes: NonNegativeInt
+    """Further nodes in the allocation, to replace those that fail."""
+    exclusive: bool
+    cpus_per_node: PositiveInt | None
+    """Null with `exclusive`: all of them."""
+    max_requeues: NonNegativeInt
+    max_array_jobs: NonNegativeInt
+    """Of a sweep, at most this many run at a time; 0: no limit."""
+    modules: tuple[str, ...]
+    """Environment modules to load."""
+    variables: dict[str, str]
+    """Environment variables of every process of the run."""
+    python: str | None
+    """Null: the interpreter that submits, or `python` of the container."""
+    before: tuple[str, ...]
+    """Shell lines of your own, run on the first node before anything of the run."""
+    after: tuple[str, ...]
+    """The same, when the job ends for whatever reason it has time to tell."""
+    sbatch: tuple[str, ...]
+    """Further options of sbatch, e.g. `--constraint=ib`."""
+    container: ContainerConfig
+    preflight: PreflightConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig(Strict):
     """Where ranks run."""
 
     name: str
-    kind: Literal["local", "ray"]
-    """local: a private Ray on this machine. ray: join the Ray cluster at `address`."""
+    kind: Literal["local", "ray", "slurm"]
+    """local: a private Ray on this machine. ray: join the Ray cluster at `address`. slurm: queue a job."""
     address: str | None
     device: Literal["auto", "cpu", "cuda"]
     num_nodes: PositiveInt
@@ -456,6 +519,8 @@ class ClusterConfig(Strict):
     """Null: what this machine has (GPUs, else cores)."""
     node_labels: dict[str, str]
     """Ray node labels every node of the gang must carry, e.g. its InfiniBand domain."""
+    slurm: SlurmConfig | None = None
+    """Where kind is slurm."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

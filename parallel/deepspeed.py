@@ -7,6 +7,7 @@ does in place of Megatron is everything about gradients and the optimizer, and t
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from conf.schema import EngineConfig, OptimConfig
 from data.batch import Batch
-from parallel import zero
+from parallel import device, zero
 from parallel.cpu import adapt_deepspeed
 from parallel.engine import LossSums, Objective, Piece, TensorSource
 from parallel.inputs import Inputs, inputs_of_rank
@@ -50,6 +51,9 @@ class DeepSpeedEngine(MegatronEngine):
         inner = zero.make_inner(chunk.parameters(), optim)
         in_stages = self.mesh.pipeline > 1
         self._shape_of_stages: torch.Size | None = None
+        # DeepSpeed takes the GPU that this names; a rank that sees one GPU alone has number 0, whatever its place.
+        os.environ["LOCAL_RANK"] = str(self._device.index or 0)
+        deepspeed.init_distributed(device.communication_backend(), dist_init_required=False)
         self._trainer, *_ = deepspeed.initialize(
             model=_Pipeline(chunk, self.mesh) if in_stages else chunk,
             optimizer=inner,
@@ -154,6 +158,7 @@ def deepspeed_config(engine: EngineConfig, mesh: Mesh, micro_batch: int, chunk: 
         # Left out, it is 1.0; the engine clips, with the norm that it reports.
         "gradient_clipping": 0.0,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU in every micro-batch
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
@@ -174,7 +179,6 @@ def deepspeed_config(engine: EngineConfig, mesh: Mesh, micro_batch: int, chunk: 
     if engine.offload_optimizer != "none":
         config["zero_optimization"]["offload_optimizer"] = {
             "device": engine.offload_optimizer,
-            "nvme_path": engine.nvme_path,
             "pin_memory": torch.cuda.is_available(),
         }
     return config

@@ -316,22 +316,15 @@ class MegatronEngine:
         """See `Engine.optimizer_state`."""
         assert self._adams, "an engine without optim has no optimizer"
         for adam in self._adams:
-            for shard, start, stop in self._shares(adam):
+            shards = [shard for shard in adam.shards() if self._saves(shard.parameter)]
+            if adam.distributed:
+                ranges = [(0, shard.main.numel()) for shard in shards]
+            else:
+                ranges = adam.family.share([shard.main for shard in shards])
+            for shard, (start, stop) in zip(shards, ranges, strict=True):
                 for prefix, values in self._state_of(shard):
                     part = values.detach().view(-1)[start:stop]
-                    if adam.is_lent:
-                        part = part.clone()
                     yield from pieces_of(part, self._parameters[shard.parameter], shard.start + start, prefix=prefix)
-
-    def _shares(self, adam: Any) -> Iterator[tuple[OptimizerShard, int, int]]:
-        """Shards of which this rank saves state, and which of their elements [start, stop)."""
-        shards = (shard for shard in adam.shards() if self._saves(shard.parameter))
-        if adam.distributed:
-            yield from ((shard, 0, shard.main.numel()) for shard in shards)
-            return
-        held = list(shards)
-        for shard, (start, stop) in zip(held, adam.family.share([shard.main for shard in held]), strict=True):
-            yield shard, start, stop
 
     @torch.no_grad()
     def load_optimizer_state(self, source: TensorSource, *, num_steps: int) -> None:

@@ -85,8 +85,6 @@ def families_of(parameters: Iterable[torch.nn.Parameter]) -> list[Family]:
 class ShardedAdam:
     """AdamW over one family of weights of the wrapped (DDP) chunks of a model."""
 
-    is_lent = False
-
     def __init__(self, chunks: Sequence[Any], family: Family, engine: EngineConfig, optim: OptimConfig) -> None:
         self.distributed = engine.zero_stage == 1
         self.masters_apart = engine.precision == "bf16"

@@ -9,7 +9,6 @@ Gradients are means over data and context ranks; `gather_gradients` and `step` m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,11 +60,6 @@ class ZeroAdam:
         self.counts = counts
         self.pending = False  # there are gradients that no step has used up
         self._make_state()
-
-    @property
-    def is_lent(self) -> bool:
-        """Whether tensors of a shard are good only until the next shard is asked for."""
-        return False
 
     @property
     def wrapper(self) -> Any:
@@ -177,73 +171,43 @@ class AccumulatedAdam(PartitionedAdam):
 
 
 class ScatteredAdam(ZeroAdam):
-    """Stage 3: each rank holds a part of every parameter, and nothing else between its uses.
-
-    Parts are laid end to end in groups. Optimizer state of a large group can live in a file (offloaded to NVMe) and is
-    in memory while `_in_memory` is open.
-    """
+    """Stage 3: each rank holds a part of every parameter, and nothing else between its uses."""
 
     distributed = True
     masters_apart = True
 
-    @property
-    def is_lent(self) -> bool:
-        """See `ZeroAdam.is_lent`."""
-        return any(self._is_in_file(index) for index, _, _ in self._groups())
-
     def shards(self) -> Iterator[OptimizerShard]:
         """What this rank's Adam updates."""
-        for index, flat, parameters in self._groups():
-            with self._in_memory(index):
-                moments = adam.moments_of(self.inner, flat)
-                offset = 0
-                for parameter in parameters:
-                    start, stop = range_of(parameter)
-                    if start < stop:
-                        yield OptimizerShard(
-                            parameter,
-                            start,
-                            flat.detach().narrow(0, offset, stop - start),
-                            {name: moment.narrow(0, offset, stop - start) for name, moment in moments.items()},
-                        )
-                    offset += parameter.partition_numel()
+        for flat, parameters in self._groups():
+            moments = adam.moments_of(self.inner, flat)
+            offset = 0
+            for parameter in parameters:
+                start, stop = range_of(parameter)
+                if start < stop:
+                    yield OptimizerShard(
+                        parameter,
+                        start,
+                        flat.detach().narrow(0, offset, stop - start),
+                        {name: moment.narrow(0, offset, stop - start) for name, moment in moments.items()},
+                    )
+                offset += parameter.partition_numel()
 
-    def _groups(self) -> Iterator[tuple[int, Tensor, list[Any]]]:
-        wrapper = self.wrapper
-        for index, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
-            yield index, flat, wrapper.fp16_groups[index]
-
-    def _is_in_file(self, index: int) -> bool:
-        return bool(self.wrapper._swappable_optimizer_subgroup(index))
-
-    @contextmanager
-    def _in_memory(self, index: int) -> Iterator[None]:
-        if not self._is_in_file(index):
-            yield
-            return
-        self.wrapper._optimizer_states_and_gradient_swap_in(index)
-        try:
-            yield
-        finally:
-            self.wrapper._optimizer_states_and_gradient_swap_out(index)
+    def _groups(self) -> Iterable[tuple[Tensor, list[Any]]]:
+        return zip(self.wrapper.fp32_partitioned_groups_flat, self.wrapper.fp16_groups, strict=True)
 
     def _make_state(self) -> None:
-        for index, flat, _ in self._groups():
-            with self._in_memory(index):
-                adam.make_state_of(self.inner, flat)
+        for flat, _ in self._groups():
+            adam.make_state_of(self.inner, flat)
 
     def _gradients(self) -> Iterator[tuple[Any, Tensor]]:
-        for index, flat, parameters in self._groups():
-            if self._is_in_file(index):
-                # They are on their way to the file; their norms were taken before.
-                norms = self.wrapper.norm_for_param_grads
-                yield from ((each, norms[self.wrapper.get_param_id(each)].view(1)) for each in parameters)
-            elif self.wrapper.offload_optimizer:
+        for index, (flat, parameters) in enumerate(self._groups()):
+            if self.wrapper.offload_optimizer:
                 assert flat.grad is not None
                 sizes = [parameter.partition_numel() for parameter in parameters]
-                yield from zip(parameters, torch.split(flat.grad, sizes), strict=True)
+                gradients = torch.split(flat.grad, sizes)
             else:
-                yield from zip(parameters, self.wrapper.averaged_gradients[index], strict=True)
+                gradients = self.wrapper.averaged_gradients[index]
+            yield from zip(parameters, gradients, strict=True)
 
 
 def make_inner(parameters: Iterable[torch.nn.Parameter], optim: OptimConfig) -> GuardedAdam:

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from conf import load
-from conf.schema import RunConfig
+from conf.schema import ClusterConfig, RunConfig
 from data.prepare import prepared
 from data.tokenizer import tokenizer_file
 from recipes import check
@@ -58,17 +59,43 @@ def execute(config: RunConfig) -> int:
     machine = find_machine()
     config = check.resolve(config, machine)
     check.check(config, machine)
-    console = make_console()
-    warnings = [str(problem) for problem in check.warnings(config, machine)]
     if config.action == "check":
+        console = make_console()
         print_header(console, config, str(machine), world_size_of(config))
-        for warning in warnings:
+        for warning in check.warnings(config, machine):
             console.print(f"warning: {warning}", style="yellow", markup=False)
         console.print(f"{config.name} passes every check; nothing was launched.")
         return 0
     if run is None:
         run = rundir.create(Path(config.runs_dir), config.name)
-    driver = Driver(machine=machine, console=console, stop=StopRequest(), use_gpu=check.uses_gpu(config, machine))
+    return drive(run, config, machine, config.cluster)
+
+
+def drive(
+    run: RunDir, config: RunConfig, machine: Machine, place: ClusterConfig, *, node_order: Sequence[str] = ()
+) -> int:
+    """Bring a checked run to its end; returns the exit code.
+
+    Args:
+        run: its directory.
+        config: resolved.
+        machine: this one.
+        place: where its ranks are started: its own cluster, or what stands for it inside a Slurm job.
+        node_order: addresses of the place's nodes in the order they get ranks.
+
+    Raises:
+        UserError: something is wrong that the user can mend; no rank was started.
+    """
+    console = make_console()
+    driver = Driver(
+        machine=machine,
+        console=console,
+        stop=StopRequest(),
+        use_gpu=check.uses_gpu(config, machine),
+        place=place,
+        node_order=tuple(node_order),
+    )
+    warnings = [str(problem) for problem in check.warnings(config, machine)]
     with run.locked(), stop_on_signals(driver.stop):
         try:
             return EXIT_CODES[driver.lead(run, config, warnings)]
@@ -98,12 +125,18 @@ class Driver:
     console: Console
     stop: StopRequest
     use_gpu: bool
+    place: ClusterConfig
+    node_order: tuple[str, ...]
 
     def lead(self, run: RunDir, config: RunConfig, warnings: list[str]) -> Status:
         """Bring a run to its end, that of the recipe it starts from included."""
         print_header(self.console, config, str(self.machine), world_size_of(config))
         open_run(run, config)
-        launcher = (Gang if config.launcher == "gang" else RayTrain)(config.cluster, use_gpu=self.use_gpu)
+        launcher: Gang | RayTrain
+        if config.launcher == "gang":
+            launcher = Gang(self.place, use_gpu=self.use_gpu, node_order=self.node_order)
+        else:
+            launcher = RayTrain(self.place, use_gpu=self.use_gpu)
         with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
             # Reading and tokenising takes about as long as starting the ranks: both at once.
             datasets = pool.submit(prepare_sources, config)
@@ -243,5 +276,5 @@ def closing(run: RunDir, config: RunConfig, status: Status, report: Path) -> dic
     if status != "finished":
         lines["continue with"] = f"python -m train recipe={config.name} resume={run.path}"
     elif config.scale == "rehearsal":
-        lines["full size"] = f"python -m train recipe={config.name} cluster=h200_ray"
+        lines["full size"] = f"python -m train recipe={config.name} cluster=h200_slurm"
     return lines

@@ -77,26 +77,15 @@ def offloading_is_offered(config: RunConfig, machine: Machine) -> Iterator[Probl
             f"cpu needs engine.zero_stage 1 to 3 and no pipeline; they are {stage} and {engine.mesh.pipeline} ranks. "
             "DeepSpeed moves this rank's part of the optimizer state at the end of the backward pass.",
         )
-    elif where == "nvme" and stage < 3:
-        yield Problem(
-            "engine.offload_optimizer",
-            f"nvme needs engine.zero_stage=3, and it is {stage}: DeepSpeed swaps to files only at that stage. "
-            "Set engine.zero_stage=3, or engine.offload_optimizer=cpu.",
-        )
-    if (where == "nvme") != (engine.nvme_path is not None):
-        yield Problem(
-            "engine.nvme_path",
-            "is not set, and engine.offload_optimizer=nvme needs a directory on a local disk of every node."
-            if where == "nvme"
-            else f"is {engine.nvme_path} and would not be used: engine.offload_optimizer is {where}, not nvme.",
-        )
 
 
 def experts_are_offered(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Experts have gradients and optimizer state of their own groups, which only the Megatron engine keeps apart."""
     if config.engine.backend == "deepspeed" and config.model.experts is not None:
         yield Problem(
-            "engine.backend", "deepspeed trains dense models only, and the model has experts. Use engine=megatron."
+            "engine.backend",
+            "deepspeed trains dense models only, and the model has experts: they have data ranks of their own, and "
+            "DeepSpeed reduces and shards all gradients over the same ranks. Use engine=megatron.",
         )
 
 

@@ -68,17 +68,6 @@ def experts_split_sequences_with_tensors(config: RunConfig, machine: Machine) ->
         )
 
 
-def experts_are_on_megatron(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """Expert weights are held by other ranks than the rest, which only the Megatron engine knows."""
-    backend: str = config.engine.backend
-    if config.model.experts is not None and backend != "megatron":
-        yield Problem(
-            "engine.backend",
-            f"is {backend}, which reduces and shards all gradients over the same ranks, and experts have ranks of "
-            "their own. Use engine=megatron, or a dense model.",
-        )
-
-
 def expert_ranks_share_a_node(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Warn of expert groups that cross nodes: every token travels to its experts and back, in every layer."""
     mesh, ranks_per_node = config.engine.mesh, config.cluster.ranks_per_node
@@ -107,6 +96,5 @@ RULES = (
     tokens_have_experts_to_choose,
     experts_are_shared_evenly,
     experts_split_sequences_with_tensors,
-    experts_are_on_megatron,
 )
 WARNINGS = (expert_ranks_share_a_node, experts_take_their_share)

@@ -105,7 +105,7 @@ def cluster_is_of_one_kind(config: RunConfig, machine: Machine) -> Iterator[Prob
                 "cluster.kind=ray to join that one.",
             )
     else:
-        if cluster.address is None:
+        if cluster.kind == "ray" and cluster.address is None:
             yield Problem(
                 "cluster.address", "is null; cluster.kind=ray joins a running Ray, e.g. cluster.address=auto."
             )

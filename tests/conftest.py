@@ -6,6 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Tests assert facts; how long an example takes says more about the machine.
+settings.register_profile("facts", deadline=None)
+settings.load_profile("facts")
 
 GOLDEN = Path(__file__).parent / "golden"
 

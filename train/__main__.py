@@ -1,4 +1,4 @@
-"""`python -m train recipe=NAME`: compose, check, run."""
+"""`python -m train recipe=NAME`: compose, check, run, or hand to Slurm."""
 
 from __future__ import annotations
 
@@ -6,12 +6,26 @@ from conf import load
 from conf.schema import RunConfig
 
 
-def main(config: RunConfig) -> int:
-    """Run the recipe; imported only now, so that a fault of the configuration is told at once."""
-    from recipes.driver import execute
+def main() -> None:
+    """Act on the command line; what acts is imported only now, so that a fault of the configuration is told at once."""
+    queues = []
 
-    return execute(config)
+    def run(config: RunConfig) -> int:
+        if config.cluster.kind == "slurm" and config.action != "check":
+            from recipes.queued import Queue
+
+            queues[:] = queues or [Queue()]
+            return queues[0].add(config)
+        from recipes.driver import execute
+
+        return execute(config)
+
+    def finish() -> None:
+        for queue in queues:
+            queue.submit()
+
+    load.main(run, finish)
 
 
 if __name__ == "__main__":
-    load.main(main)
+    main()

@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,13 +63,15 @@ class Gang:
     Args:
         cluster: where; `ranks_per_node` is resolved.
         use_gpu: one GPU a rank, else CPU ranks.
+        node_order: addresses of nodes in the order they get ranks; others come after them, by address.
     """
 
-    def __init__(self, cluster: ClusterConfig, *, use_gpu: bool) -> None:
+    def __init__(self, cluster: ClusterConfig, *, use_gpu: bool, node_order: Sequence[str] = ()) -> None:
         assert cluster.ranks_per_node is not None, "the cluster is resolved before launch"
         self.cluster = cluster
         self.ranks_per_node = cluster.ranks_per_node
         self.use_gpu = use_gpu
+        self.node_order = {address: position for position, address in enumerate(node_order)}
         self._group: Any = None
         self._seats: list[_Seat] = []
 
@@ -177,9 +179,12 @@ class Gang:
         seats = [
             _Seat(actor=actor, node=node, address=address) for actor, (node, address) in zip(actors, where, strict=True)
         ]
-        # Bundles come in no particular order; ranks of a node stay together and nodes go by address, so that a
-        # restart on the same nodes gives every rank its old place.
-        self._seats = sorted(seats, key=lambda seat: (_address_key(seat.address), seat.node))
+        # Bundles come in no particular order; ranks of a node stay together and nodes go by the order given and by
+        # address, so that a restart on the same nodes gives every rank its old place.
+        last = len(self.node_order)
+        self._seats = sorted(
+            seats, key=lambda seat: (self.node_order.get(seat.address, last), _address_key(seat.address), seat.node)
+        )
 
     def _place(self, rank: int, address: str, port: int) -> Place:
         return Place(

@@ -88,7 +88,6 @@ def _be_rank(
 ) -> None:
     _die_with_the_test()
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # as a launcher does; DeepSpeed reads it
     try:
         _open_world(dist.TCPStore("127.0.0.1", port, is_master=False), rank, world_size)
         result = function(*args)

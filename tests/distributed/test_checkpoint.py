@@ -46,7 +46,6 @@ PROVENANCE = Provenance(
         sequence_parallel=False,
         zero_stage=1,
         offload_optimizer="none",
-        nvme_path=None,
         overlap=False,
         recompute="none",
     ),

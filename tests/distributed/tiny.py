@@ -60,7 +60,6 @@ class Layout:
     backend: str = "megatron"
     zero_stage: int = 0
     offload_optimizer: str = "none"
-    nvme_path: str | None = None
     overlap: bool = False
     precision: str = "fp32"
     recompute: str = "none"
@@ -86,7 +85,6 @@ class Layout:
             sequence_parallel=self.sequence_parallel,
             zero_stage=self.zero_stage,  # type: ignore[arg-type]
             offload_optimizer=self.offload_optimizer,  # type: ignore[arg-type]
-            nvme_path=self.nvme_path,
             overlap=self.overlap,
             recompute=self.recompute,  # type: ignore[arg-type]
         )

@@ -54,7 +54,6 @@ def engine_config(precision: str, **changes: object) -> EngineConfig:
         "sequence_parallel": False,
         "zero_stage": 1,
         "offload_optimizer": "none",
-        "nvme_path": None,
         "overlap": True,
         "recompute": "none",
     }
@@ -106,6 +105,16 @@ def test_bf16_follows_fp32_and_learns_its_batch_by_heart():
 @pytest.mark.parametrize("changes", [{"recompute": "full"}, {"recompute": "selective"}, {"overlap": False}], ids=str)
 def test_saving_memory_or_waiting_does_not_change_the_numbers(changes):
     assert losses(engine_config("bf16", **changes)) == pytest.approx(losses(engine_config("bf16")), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 2, "offload_optimizer": "cpu"}],
+    ids=str,
+)
+def test_deepspeed_does_not_change_the_numbers(changes):
+    found = losses(engine_config("bf16", backend="deepspeed", **changes))
+    assert found == pytest.approx(losses(engine_config("bf16")), abs=1e-3)
 
 
 @pytest.mark.parametrize("num_queries", [512, 128])

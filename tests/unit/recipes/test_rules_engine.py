@@ -69,18 +69,10 @@ def test_deepspeed_does_not_interleave():
         (rehearsal(engine__offload_optimizer="cpu"), ("Megatron", "engine=deepspeed")),
         (deepspeed(engine__offload_optimizer="cpu", engine__zero_stage=0), ("zero_stage 1 to 3", "are 0 and 1 ranks")),
         (layout(deepspeed(engine__offload_optimizer="cpu"), pipeline=2), ("no pipeline", "are 1 and 2 ranks")),
-        (deepspeed(engine__offload_optimizer="nvme", engine__nvme_path="/d"), ("zero_stage=3", "it is 1")),
     ],
 )
 def test_offloading_that_is_not_offered(config, words):
     assert_told(config, "engine.offload_optimizer", *words)
-
-
-def test_offloading_to_files_needs_a_directory_and_only_that_does():
-    swapped = deepspeed(engine__offload_optimizer="nvme", engine__zero_stage=3)
-    assert_told(swapped, "engine.nvme_path", "is not set", "local disk")
-    assert problems_of(changed(swapped, engine__nvme_path="/scratch")) == {}
-    assert_told(deepspeed(engine__nvme_path="/scratch"), "engine.nvme_path", "would not be used")
 
 
 @pytest.mark.parametrize("backend", ["megatron", "deepspeed"])

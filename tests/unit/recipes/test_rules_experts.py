@@ -6,7 +6,6 @@ import pytest
 from check_samples import BIG_DISK, LAPTOP, assert_told, changed, composed, full_size, layout, problems_of, rehearsal
 
 from recipes import check, rules_place
-from recipes.rules_experts import experts_are_on_megatron
 
 
 @pytest.fixture
@@ -47,13 +46,6 @@ def test_expert_width_is_shared_by_tensor_ranks(mixture):
 def test_tensor_ranks_split_the_sequence(mixture):
     assert_told(layout(mixture, tensor=2), "engine.sequence_parallel", "2 tensor ranks", "sequence_parallel=true")
     assert problems_of(changed(layout(mixture, tensor=2), engine__sequence_parallel=True)) == {}
-
-
-def test_engine_that_knows_one_group_for_all_gradients_is_refused(mixture):
-    other = changed(mixture, engine__backend="another")
-    (problem,) = experts_are_on_megatron(other, LAPTOP)
-    assert (problem.path, "ranks of their own" in problem.message) == ("engine.backend", True)
-    assert list(experts_are_on_megatron(mixture, LAPTOP)) == []
 
 
 def test_expert_groups_across_nodes_are_warned_of():

@@ -37,7 +37,6 @@ ENGINE = EngineConfig(
     sequence_parallel=False,
     zero_stage=1,
     offload_optimizer="none",
-    nvme_path=None,
     overlap=False,
     recompute="none",
 )

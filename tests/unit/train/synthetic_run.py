@@ -83,7 +83,6 @@ def run_config(num_steps: int = 120) -> RunConfig:
         sequence_parallel=False,
         zero_stage=1,
         offload_optimizer="none",
-        nvme_path=None,
         overlap=True,
         recompute="none",
     )

@@ -1,0 +1,30 @@
+#!/bin/bash
+#SBATCH --job-name=r-0
+#SBATCH --array=0-2%2
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --signal=B:USR1@600
+#SBATCH --chdir=/home/ada/frontier
+#SBATCH --output=/lustre/runs/r-0/slurm/array-%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+
+runs=(/lustre/runs/r-0 /lustre/runs/r-1 /lustre/runs/r-2)
+num_nodes=2
+max_requeues=50
+preflight_seconds=300
+srun_options=(--overlap --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0)
+python=(/home/ada/venv/bin/python)
+driver=recipes.job
+node_options=(--ranks=1 --gpus=0)
+preflight_options=(--infiniband-ports=8 --infiniband-gbit=400 --disk-gib=100)
+bandwidth_options=(--intra-node=350 --node-pair=300 --seconds=300)
+choose_options=(--clock-seconds=1)
+before() {
+    :
+}
+after() {
+    :
+}
+

@@ -1,0 +1,43 @@
+#!/bin/bash
+#SBATCH --job-name=foundation-20260131-142501-3f9a
+#SBATCH --nodes=258
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=0
+#SBATCH --account=frontier
+#SBATCH --partition=gpu
+#SBATCH --qos=high
+#SBATCH --reservation=maintenance_7
+#SBATCH --time=1440
+#SBATCH --signal=B:USR1@600
+#SBATCH --chdir=/home/ada/frontier
+#SBATCH --output=/lustre/runs/foundation-20260131-142501-3f9a/slurm/output.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --exclusive
+#SBATCH --no-kill
+#SBATCH --constraint=ib
+#SBATCH --mail-type=FAIL
+
+runs=(/lustre/runs/foundation-20260131-142501-3f9a)
+num_nodes=256
+max_requeues=50
+preflight_seconds=300
+srun_options=(--overlap --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0)
+python=(/home/ada/venv/bin/python)
+driver=recipes.job
+node_options=(--ranks=8 --gpus=8)
+preflight_options=(--infiniband-ports=8 --infiniband-gbit=400 --disk-gib=100)
+bandwidth_options=(--intra-node=350 --node-pair=300 --seconds=300)
+choose_options=(--clock-seconds=1)
+before() {
+    nvidia-smi -L
+}
+after() {
+    echo over
+}
+
+module load cuda/12.8
+export GREETING='it'"'"'s two words'
+export NCCL_SOCKET_IFNAME=bond0
+

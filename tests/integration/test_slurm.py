@@ -1,0 +1,258 @@
+"""Jobs of a real Slurm on this host: queued again, preempted, moved off dead nodes, refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import TINY_FOUNDATION, environment, losses, records, train, wait_for
+from slurm_cluster import SlurmCluster, missing_programs
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        bool(missing_programs()),
+        reason=f"needs Slurm: apt-get install slurmctld slurmd slurm-client munge ({', '.join(missing_programs())})",
+    ),
+]
+ON_CPUS = (
+    *TINY_FOUNDATION,
+    "order=[pretrain]",
+    "cluster=h200_slurm",
+    "scale=rehearsal",
+    "cluster.device=cpu",
+    "cluster.ranks_per_node=1",
+    "cluster.slurm.exclusive=false",
+    "cluster.slurm.cpus_per_node=1",
+    "cluster.slurm.time_limit_minutes=10",
+    "cluster.slurm.signal_seconds=60",
+    "cluster.slurm.preflight.intra_node_gb_per_second=0",
+    "cluster.slurm.preflight.node_pair_gb_per_second=0",
+    "cluster.slurm.preflight.infiniband_ports=0",
+    "cluster.slurm.preflight.local_disk_gib=0",
+)
+FOUR_NODES = ("cluster.num_nodes=4", "engine.mesh.pipeline=2")
+# Scoring after every step gives a test time to act in between, and changes no loss.
+SLOW_STEPS = ("stages.pretrain.training.validate_every_steps=1",)
+ENOUGH_SECONDS = 280
+HIDE = 'mount -t tmpfs none "$0" && exec "$@"'
+
+
+class Slurm:
+    """The cluster, and commands of ours that use it."""
+
+    def __init__(self, cluster: SlurmCluster, temporary: str, unseen: Path | None) -> None:
+        self.cluster, self.unseen = cluster, unseen
+        self.variables = cluster.environment | {"TMPDIR": temporary}
+
+    def train(self, runs_dir: Path, *overrides: str, code: int = 0) -> list[Path]:
+        """Type `python -m train`; returns the run directories it made, in order."""
+        ended = train(runs_dir, *ON_CPUS, *overrides, **self.variables)
+        assert ended.code == code, ended.output
+        self.output = ended.output
+        return [Path(name) for name in re.findall(r"^run +(\S+)$", ended.output, re.MULTILINE)]
+
+    def ask(self, command: str, run: Path, *options: str, code: int = 0) -> str:
+        """Type `python -m slurm COMMAND RUN`."""
+        done = subprocess.run(
+            [sys.executable, "-m", "slurm", command, str(run), *options],
+            env=environment() | self.variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def facts(self, run: Path) -> dict[str, str]:
+        """What Slurm says of the run's job."""
+        return self.cluster.job(json.loads((run / "slurm" / "job.json").read_text())["job"])
+
+    def wait_for_end(self, run: Path) -> dict[str, str]:
+        """Wait for the run's job; returns what Slurm says of it."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        deadline = time.monotonic() + ENOUGH_SECONDS
+        while (facts := self.facts(run))["JobState"] not in ended:
+            assert time.monotonic() < deadline, self.told(run)
+            time.sleep(0.2)
+        return facts
+
+    def wait_for_step(self, run: Path, step: int) -> None:
+        """Wait until the run has taken a step."""
+        deadline = time.monotonic() + ENOUGH_SECONDS
+        while not ((run / "metrics.jsonl").exists() and any(each["step"] >= step for each in records(run, "step"))):
+            assert time.monotonic() < deadline, self.told(run)
+            time.sleep(0.1)
+
+    def told(self, run: Path) -> str:
+        """Everything the job of a run has written."""
+        logs = [run / "slurm" / "output.log", *sorted(run.glob("slurm/*/*.log")), *sorted(run.glob("logs/*"))]
+        return "\n".join(f"== {log}\n{log.read_text()[-3000:]}" for log in logs if log.exists())
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """Four nodes; the last one, where this machine lets it, does not see the directory `unseen`."""
+    unseen: Path | None = tmp_path_factory.mktemp("unseen")
+    # Sockets have short names.
+    temporary = tempfile.mkdtemp(prefix="s")
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    inside = ("unshare", "--mount", "sh", "-c", HIDE, str(unseen))
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*inside, "true"], capture_output=True, check=False).returncode
+    ):
+        unseen, inside = None, ()
+    try:
+        cluster.start(inside={cluster.num_nodes: inside})
+        yield Slurm(cluster, temporary, unseen)
+    finally:
+        cluster.stop()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def test_a_sweep_is_an_array_and_a_job_asked_by_slurm_saves_and_is_queued_again(slurm: Slurm, tmp_path: Path):
+    """Three jobs on one host at once; the one over two nodes is interrupted, and follows the curve of the one alone."""
+    sound, broken = slurm.train(
+        tmp_path / "array", "cluster.num_nodes=1", "stages.pretrain.training.optim.learning_rate=3e-3,1e30", "-m"
+    )
+    (run,) = slurm.train(tmp_path / "two", "cluster.num_nodes=2", *SLOW_STEPS)
+    first, second = (json.loads((each / "slurm" / "job.json").read_text())["job"] for each in (sound, broken))
+    assert (first.partition("_")[2], second.partition("_")[2]) == ("0", "1")
+    assert first.partition("_")[0] == second.partition("_")[0]
+
+    slurm.wait_for_step(run, 3)
+    assert "RUNNING" in slurm.ask("status", run) and "pretrain, step" in slurm.ask("status", run)
+    assert slurm.train(tmp_path / "two", "cluster.num_nodes=2", *SLOW_STEPS, f"resume={run}", code=2) == []
+    assert "still in the queue" in slurm.output
+    # What Slurm sends some time before a time limit, by `--signal=B:USR1@...`.
+    slurm.cluster.command("scancel", "--batch", "--signal=USR1", slurm.facts(run)["JobId"])
+    facts = slurm.wait_for_end(run)
+    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("COMPLETED", "1", "0:0"), slurm.told(run)
+
+    facts = slurm.wait_for_end(sound)
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), slurm.told(sound)
+    facts = slurm.wait_for_end(broken)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "1:0", "0"), slurm.told(broken)
+    assert "FloatingPointError" in slurm.ask("logs", broken, "--rank", "0")
+    assert "queued again: it continues from its newest checkpoint" in slurm.ask("logs", run, "--lines=1000")
+    assert len(records(run, "run_started")) == 2
+    assert sorted(losses(run)) == list(range(1, 21))
+    assert losses(run) == pytest.approx(losses(sound), abs=1e-5)
+    assert "finished" in slurm.ask("status", run)
+
+
+def test_a_preempted_job_over_four_nodes_saves_and_goes_on_later_and_one_told_to_stop_does_not(
+    slurm: Slurm, tmp_path: Path
+):
+    (run,) = slurm.train(tmp_path, *FOUR_NODES, "stages.pretrain.training.tokens=1e9")
+    slurm.wait_for_step(run, 3)
+    # Rank order follows the switches of the topology, not the names.
+    chosen = [line.split()[0] for line in next(run.glob("slurm/*-0-1/chosen")).read_text().splitlines()]
+    assert chosen == ["n1", "n3", "n2", "n4"]
+    addresses = [(run / "logs" / f"rank-{rank:05d}.log").exists() for rank in range(4)]
+    assert addresses == [True] * 4
+    urgent = ("sbatch", "--partition=urgent", "--nodes=1", "--nodelist=n4", "--exclusive", "--output=/dev/null")
+    assert slurm.cluster.command(*urgent, "--wrap=sleep 1")
+    wait_for(lambda: slurm.facts(run)["Restarts"] == "1", ENOUGH_SECONDS, "the job was queued again")
+    stopped_at = max(losses(run))
+    assert stopped_at < 1000
+    checkpoint = run / "stages" / "pretrain" / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json"
+    assert checkpoint.exists(), slurm.told(run)
+    slurm.wait_for_step(run, stopped_at + 1)
+    messages = [each["text"] for each in records(run, "message")]
+    assert f"stage pretrain continues after step {stopped_at}" in messages
+    assert "saves and ends" in slurm.ask("stop", run)
+    facts = slurm.wait_for_end(run)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "1"), slurm.told(run)
+    assert json.loads((run / "status.json").read_text())["status"] == "stopped"
+    assert "no job in the queue" in slurm.ask("stop", run, code=2)
+
+
+def test_ranks_of_a_node_that_dies_go_to_a_spare_one(slurm: Slurm, tmp_path: Path):
+    """Preflight measures all-reduce between the nodes first; the node dies in the middle of the run."""
+    (run,) = slurm.train(
+        tmp_path,
+        "cluster.num_nodes=2",
+        "cluster.slurm.spare_nodes=1",
+        "cluster.slurm.sbatch=['--nodelist=n1,n2,n3']",
+        "cluster.slurm.preflight.node_pair_gb_per_second=1e-6",
+        "stages.pretrain.training.checkpoint_every_steps=2",
+        *SLOW_STEPS,
+    )
+    slurm.wait_for_step(run, 5)
+    attempt = next(run.glob("slurm/*-0-1"))
+    assert [line.split()[0] for line in (attempt / "chosen").read_text().splitlines()] == ["n1", "n3"]
+    reports = {each["node"]: each for each in map(json.loads, (attempt / "reports").read_text().splitlines())}
+    assert set(reports) == {"n1", "n2", "n3"}
+    assert all(each["faults"] == [] and "fast" in str(each["pairs"].values()) for each in reports.values())
+    assert all("GPUs: the ranks run on CPUs" in each["unchecked"] for each in reports.values())
+    slurm.cluster.kill_node(3)
+    facts = slurm.wait_for_end(run)
+    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("COMPLETED", "0", "0:0"), slurm.told(run)
+    told = slurm.ask("logs", run, "--lines=1000")
+    assert "node n3 failed its checks: it did not report" in told
+    assert "starts over without n3" in told
+    assert "ranks go to n1 n2" in told
+    assert sorted(losses(run)) == list(range(1, 21))
+    assert any("continues after step" in each["text"] for each in records(run, "message"))
+    slurm.cluster.start_node(3)
+    slurm.cluster.command("scontrol", "update", "nodename=n3", "state=resume")
+    wait_for(lambda: slurm.cluster.node_states() == {"idle"}, 30, "the node is back")
+
+
+class TestUnsharedDirectory:
+    @pytest.fixture
+    def unseen(self, slurm: Slurm) -> Path:
+        if slurm.unseen is None:
+            pytest.skip("this machine does not let a test hide a directory from one node (unshare --mount)")
+        return slurm.unseen
+
+    def test_that_one_of_two_nodes_does_not_see_is_told(self, slurm: Slurm, unseen: Path):
+        (run,) = slurm.train(unseen, "cluster.num_nodes=2", "cluster.slurm.sbatch=['--nodelist=n2,n4']")
+        facts = slurm.wait_for_end(run)
+        assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), slurm.told(run)
+        assert f"error: the run directory {run} is not shared: n4 sees another directory" in slurm.told(run)
+
+    def test_that_one_node_of_many_lacks_leaves_that_node_out_and_the_job_waits_for_others(
+        self, slurm: Slurm, unseen: Path
+    ):
+        (run,) = slurm.train(unseen, *FOUR_NODES)
+        wait_for(lambda: slurm.facts(run)["ExcNodeList"] == "n4", ENOUGH_SECONDS, "n4 is left out")
+        assert "node n4 failed its checks" in slurm.told(run)
+        assert "does not see the run directory" in slurm.told(run)
+        wait_for(lambda: slurm.facts(run)["JobState"] == "PENDING", 30, "the job waits")
+        assert "left out      n4" in slurm.ask("status", run)
+        assert "has left the queue" in slurm.ask("stop", run)
+        assert slurm.facts(run)["JobState"] == "CANCELLED"
+
+
+def test_what_sbatch_refuses_is_told_in_its_own_words_and_what_is_written_can_be_submitted_later(
+    slurm: Slurm, tmp_path: Path
+):
+    (run,) = slurm.train(
+        tmp_path, "cluster.num_nodes=1", "cluster.slurm.partition=physics", "cluster.slurm.account=chemistry", code=2
+    )
+    assert "sbatch refused:" in slurm.output
+    assert "Invalid account or account/partition combination specified" in slurm.output
+    assert not (run / "slurm" / "job.json").exists()
+    slurm.train(tmp_path, "cluster.num_nodes=1", "cluster.slurm.spare_nodes=8", code=2)
+    assert "Node count specification invalid" in slurm.output
+
+    (dry,) = slurm.train(tmp_path, "cluster.num_nodes=1", "action=dry_run", "cluster.slurm.sbatch=['--hold']")
+    assert f"python -m slurm submit {dry}" in slurm.output
+    assert "never submitted" in slurm.ask("status", dry)
+    assert not (dry / "slurm" / "job.json").exists()
+    slurm.ask("submit", dry)
+    assert slurm.facts(dry)["JobState"] == "PENDING"
+    assert "still in the queue" in slurm.ask("submit", dry, code=2)
+    assert "has left the queue" in slurm.ask("stop", dry)

@@ -1,0 +1,129 @@
+"""The checks of one node, on what its tools and its kernel print."""
+
+import pytest
+
+from slurm import preflight
+from slurm.bandwidth import bus_bandwidth, rounds
+from slurm.preflight import Unchecked, disk_faults, gpu_faults, infiniband_faults, nvlink_faults, xid_faults
+
+
+def faults_of_gpus(*rows, wanted=2):
+    return list(preflight.parse_gpus("\n".join(rows), wanted))
+
+
+def test_empty_gpus_without_errors_pass():
+    assert faults_of_gpus("0, 4, 0, No, No", "1, 613, 0, No, No") == []
+    # Boards without ECC or row remapping say so.
+    assert faults_of_gpus("0, 4, [N/A], [N/A], [N/A]", wanted=1) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("1, 70311, 0, No, No", "GPU 1 is not empty: 70311 MiB"),
+        ("1, 4, 2, No, No", "GPU 1 has 2 uncorrected memory errors"),
+        ("1, 4, 0, Yes, No", "waits for a reset"),
+        ("1, 4, 0, No, Yes", "could not be remapped"),
+    ],
+)
+def test_each_fault_of_a_gpu_is_named(row, said):
+    (fault,) = faults_of_gpus("0, 4, 0, No, No", row)
+    assert said in fault
+
+
+def test_a_missing_gpu_is_counted():
+    assert faults_of_gpus("0, 4, 0, No, No") == ["1 GPUs are visible, 2 are needed"]
+
+
+def test_fatal_xids_are_told_once_a_gpu_and_a_program_that_crashed_is_no_fault():
+    log = """\
+[ 10.1] NVRM: Xid (PCI:0000:3b:00): 31, pid=77, name=python, Ch 00000008
+[ 11.1] NVRM: Xid (PCI:0000:3b:00): 79, pid=77, GPU has fallen off the bus.
+[ 12.1] NVRM: Xid (PCI:0000:3b:00): 79, pid=78, GPU has fallen off the bus.
+[ 13.1] NVRM: Xid (PCI:0000:86:00): 74, pid=79, NVLink: fatal error detected
+"""
+    assert list(preflight.parse_xids(log)) == [
+        "Xid 79 on PCI:0000:3b:00 since boot",
+        "Xid 74 on PCI:0000:86:00 since boot",
+    ]
+
+
+def test_inactive_nvlinks_are_named_with_their_gpu():
+    status = """\
+GPU 0: NVIDIA H200 (UUID: GPU-1)
+         Link 0: 26.562 GB/s
+         Link 1: 26.562 GB/s
+GPU 1: NVIDIA H200 (UUID: GPU-2)
+         Link 0: 26.562 GB/s
+         Link 1: <inactive>
+"""
+    assert list(preflight.parse_nvlinks(status)) == ["GPU 1: Link 1: <inactive>"]
+
+
+class TestInfiniband:
+    def port(self, root, device, state="4: ACTIVE", rate="400 Gb/sec (4X NDR)", layer="InfiniBand"):
+        port = root / device / "ports" / "1"
+        port.mkdir(parents=True)
+        for name, text in (("state", state), ("rate", rate), ("link_layer", layer)):
+            (port / name).write_text(text + "\n")
+
+    def test_enough_ports_at_full_rate_pass(self, tmp_path):
+        self.port(tmp_path, "mlx5_0")
+        self.port(tmp_path, "mlx5_1")
+        self.port(tmp_path, "mlx5_eth", rate="25 Gb/sec (1X EDR)", layer="Ethernet")
+        assert list(infiniband_faults(tmp_path, 2, 400)) == []
+
+    def test_ports_that_are_down_slow_or_missing_are_named(self, tmp_path):
+        self.port(tmp_path, "mlx5_0", state="1: DOWN")
+        self.port(tmp_path, "mlx5_1", rate="200 Gb/sec (4X HDR)")
+        assert list(infiniband_faults(tmp_path, 2, 400)) == [
+            "mlx5_0 port 1 is DOWN",
+            "mlx5_1 port 1 runs at 200 Gb/sec (4X HDR), 400 Gb/sec are needed",
+            "1 InfiniBand ports are active, 2 are needed",
+        ]
+
+    def test_a_machine_without_any_is_short_of_all(self, tmp_path):
+        assert list(infiniband_faults(tmp_path / "none", 8, 400)) == ["0 InfiniBand ports are active, 8 are needed"]
+
+
+def test_a_full_disk_is_a_fault():
+    assert list(disk_faults(0)) == []
+    (fault,) = disk_faults(1e9)
+    assert "1e+09 are needed" in fault
+
+
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [
+        (lambda: gpu_faults(0), "CPUs"),
+        (lambda: xid_faults(0), "CPUs"),
+        (lambda: nvlink_faults(1), "fewer than two"),
+        (lambda: infiniband_faults(preflight.INFINIBAND, 0, 400), "none is asked for"),
+    ],
+)
+def test_checks_with_nothing_to_look_at_say_so_and_do_not_pass(check, reason):
+    with pytest.raises(Unchecked, match=reason):
+        list(check())
+
+
+def test_gpus_that_are_asked_for_where_there_is_no_driver_are_a_fault(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert list(gpu_faults(8)) == ["there is no nvidia-smi"]
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_every_node_is_measured_with_two_others_where_there_are_enough(count):
+    nodes = [f"n{number}" for number in range(count)]
+    partners = {node: set() for node in nodes}
+    for each in rounds(nodes):
+        members = [node for pair in each for node in pair]
+        assert len(members) == len(set(members)) == count - count % 2
+        for first, second in each:
+            partners[first].add(second)
+            partners[second].add(first)
+    assert min(map(len, partners.values())) == (2 if count % 2 == 0 and count > 2 else 1)
+
+
+def test_bus_bandwidth_counts_as_nccl_tests_does():
+    # 8 ranks, 1 GB in 5 ms: 2 x 7/8 x 200 GB/s.
+    assert bus_bandwidth(10**9, 8, 0.005) == pytest.approx(350)
