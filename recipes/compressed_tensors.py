@@ -41,7 +41,7 @@ def packed(values_OI: Tensor) -> Tensor:
 
 
 def mark_quantised(directory: Path, quantisation: Quantisation, num_layers: int) -> None:
-    """Say in `config.json` what is in INT8 and how."""
+    """Say in `config.json`, and in the model card where there is one, what is in INT8 and how."""
     kept = [f"re:.*layers\\.{layer}\\..*" for layer in quantisation.kept_layers if layer < num_layers]
     inputs = integers(strategy="token", dynamic=True) if quantisation.scheme == "w8a8" else None
     file = directory / "config.json"
@@ -61,6 +61,18 @@ def mark_quantised(directory: Path, quantisation: Quantisation, num_layers: int)
         "ignore": ["lm_head", *kept],
     }
     replace_text(file, json.dumps(config, indent=2) + "\n")
+    card = directory / "README.md"
+    if card.exists():
+        replace_text(card, f"{card.read_text()}\n## INT8\n\n{in_words(quantisation)}\n")
+
+
+def in_words(quantisation: Quantisation) -> str:
+    """What is in INT8, for a model card."""
+    what = "Matrices of the layers, a scale a row"
+    if quantisation.scheme == "w8a8":
+        what += ", and what goes into them, a scale a token"
+    kept = ", ".join(map(str, quantisation.kept_layers))
+    return f"{what} (compressed-tensors)." + (f" Layers {kept} are as they were." if kept else "")
 
 
 def integers(*, strategy: str, dynamic: bool) -> dict[str, object]:
