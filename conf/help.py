@@ -13,6 +13,7 @@ Train a recipe: on this machine as a rehearsal, on a cluster at full size.
   python -m train recipe=business_module cluster=h200_slurm  the real run, queued with Slurm (python -m slurm --help)
   python -m train recipe=business_module cluster=h200_ray    the real run, on a running Ray cluster
   python -m train recipe=business_module action=check        check everything, start nothing
+  python -m train recipe=business_module cluster=h200_ray action=plan    memory, days, power and price; starts nothing
   python -m train recipe=business_module cluster=h200_slurm action=dry_run    write the Slurm job, submit nothing
 
 Recipes (recipe=NAME)
@@ -47,11 +48,15 @@ def text(config_dirs: Sequence[Path]) -> str:
         config_dirs: directories with groups; a file of an earlier one hides its namesake in a later one.
     """
     recipes = [f"  {name:<22}{_description(file)}" for name, file in _options(config_dirs, "recipe").items()]
-    others = [group for group in groups(config_dirs) if group not in ("recipe", "stage", "optim")]
+    others = [group for group in groups(config_dirs) if group not in ("recipe", "stage", "optim", "hardware")]
     lines = [f"  {group:<22}{', '.join(_options(config_dirs, group))}" for group in others]
     lines += [
         f"  {group + '@' + place:<42}{', '.join(_options(config_dirs, group))}"
-        for group, place in (("optim", "stages.STAGE.training.optim"), ("+stage", "stages.STAGE"))
+        for group, place in (
+            ("optim", "stages.STAGE.training.optim"),
+            ("+stage", "stages.STAGE"),
+            ("hardware", "cluster.hardware"),
+        )
     ]
     return _TEXT.format(recipes="\n".join(recipes), groups="\n".join(lines))
 

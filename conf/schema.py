@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 Scale = Literal["rehearsal", "full"]
-Action = Literal["run", "check", "dry_run"]
+Action = Literal["run", "check", "plan", "dry_run"]
 Launcher = Literal["gang", "ray_train"]
 Precision = Literal["fp32", "bf16"]
 
@@ -177,6 +177,15 @@ class OptimConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureChange(Strict):
+    """Another mixture from a point of a stage on."""
+
+    from_fraction: Annotated[float, Field(gt=0, lt=1)]
+    """Of the stage's steps."""
+    mixture: dict[str, PositiveFloat]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig(Strict):
     """A stage that takes optimizer steps."""
 
@@ -189,6 +198,8 @@ class TrainingConfig(Strict):
     sequence_length: PositiveInt
     mixture: dict[str, PositiveFloat]
     """Data source -> weight; weights need not add up to 1."""
+    mixture_changes: tuple[MixtureChange, ...] = ()
+    """Mixtures that follow the first one."""
     optim: OptimConfig
     z_loss: NonNegativeFloat
     """Weight of the squared log-partition term; 0 is off."""
@@ -200,6 +211,11 @@ class TrainingConfig(Strict):
     """0: only after the last step and when stopped."""
     keep_checkpoints: PositiveInt
     """Newest ones kept; the last verified one is never deleted."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Sources of all its mixtures."""
+        return tuple(dict.fromkeys([*self.mixture, *(name for each in self.mixture_changes for name in each.mixture)]))
 
     @property
     def tokens_per_step(self) -> int:
@@ -425,6 +441,73 @@ class SourceConfig(Strict):
 
     path: str
     """Text, jsonl or parquet file(s) or a prepared dataset; `shipped:NAME` for a corpus that comes with the project."""
+    max_epochs: PositiveFloat | None = None
+    """Passes over it that a stage may make; null: any number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageConfig(Strict):
+    """How object storage is spoken to. Credentials are never here: they come from the provider's own chain."""
+
+    endpoint: str | None = None
+    """Null: the provider's, or AWS_ENDPOINT_URL. `http://` switches TLS off."""
+    region: str | None = None
+    """Null: AWS_REGION or the profile's."""
+    request_seconds: PositiveFloat = 20.0
+    """Longest a single request may take."""
+    retry_seconds: PositiveFloat = 120.0
+    """Failed requests are tried again for this long."""
+    encryption: Literal["bucket_default", "sse_s3", "sse_kms"] = "bucket_default"
+    """Of objects that are written."""
+    kms_key_id: str | None = None
+    """For sse_kms; null: the account's default key."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryTierConfig(Strict):
+    """Host memory of each rank, for blocks as they are stored."""
+
+    kind: Literal["memory"]
+    num_bytes: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskTierConfig(Strict):
+    """A folder on a disk of each node, shared by its ranks."""
+
+    kind: Literal["disk"]
+    path: str
+    num_bytes: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RedisTierConfig(Strict):
+    """A Redis server or cluster; user and password come from REDIS_USERNAME and REDIS_PASSWORD."""
+
+    kind: Literal["redis"]
+    url: str
+    """redis:// or rediss:// with host and port, without a password."""
+    num_bytes: PositiveInt
+    """What it holds; must not be above the server's (or all the cluster's) maxmemory."""
+    cluster: bool = False
+    ttl_seconds: PositiveInt = 7 * 86400
+    request_seconds: PositiveFloat = 2.0
+
+
+TierConfig = Annotated[MemoryTierConfig | DiskTierConfig | RedisTierConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShuffleConfig(Strict):
+    """How far samples are mixed, for sources that do not fit the window; smaller ones are shuffled as a whole."""
+
+    lanes: PositiveInt = 16
+    """Contiguous shares of the global batch that read for themselves; up to as many data ranks read nothing twice.
+    The largest divisor of the global batch up to this is used."""
+    window_blocks: PositiveInt = 32
+    """Blocks a lane mixes at a time. The more, the nearer to uniform (32: 0.97) and the more memory."""
+    readahead_blocks: PositiveInt = 16
+    """Blocks a rank asks for before they are needed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -438,6 +521,33 @@ class DataConfig(Strict):
     """Share of documents, chosen by hash, that is never trained on."""
     cache_dir: str
     """Prepared datasets are kept here, each under its identity."""
+    tiers: tuple[TierConfig, ...] = ()
+    """Caches between ranks and storage, fastest first."""
+    shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HardwareConfig(Strict):
+    """What a cluster is made of and costs; facts of the GPU itself are in `parallel/plan/hardware.py`."""
+
+    gpu: str
+    gpus_per_node: PositiveInt
+    node_link_gb_per_s: PositiveFloat
+    """Of a GPU to the others of its node, one direction: NVLink, or PCIe."""
+    network_gb_per_s: PositiveFloat
+    """Of a GPU to other nodes, one direction: its share of the node's network cards."""
+    storage_gb_per_s: PositiveFloat
+    """That a node writes to the shared disk."""
+    node_watts: NonNegativeFloat
+    """Of a node without its GPUs, under load: processors, memory, fans, network cards, its share of the switches."""
+    pue: Annotated[float, Field(ge=1, le=3)]
+    """Power of the whole building over that of the machines."""
+    dollars_per_gpu_hour: NonNegativeFloat
+    gpu_days_per_failure: PositiveFloat
+    """GPUs times days between two interruptions that nobody planned."""
+    restart_minutes: NonNegativeFloat
+    """From an interruption to the next step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -521,6 +631,8 @@ class ClusterConfig(Strict):
     """Ray node labels every node of the gang must carry, e.g. its InfiniBand domain."""
     slurm: SlurmConfig | None = None
     """Where kind is slurm."""
+    hardware: HardwareConfig | None = None
+    """Null: not known, as on this machine; there is no plan then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,17 @@
-"""What a prepared dataset consists of: `dataset.json` (the manifest) and `index.parquet` (its shards).
+"""What a prepared dataset consists of, and how little of it must be read to open it.
 
-dataset.json    written last, by rename: a folder without it is not a dataset
-index.parquet   split, path, num_documents, num_tokens, num_bytes, sha256 of every shard
-train/, held_out/   shards: parquet, a row a document, `id: string`, `tokens: list<uint16 or uint32>`
+dataset.json             the manifest, written last: a folder without it is not a dataset
+SPLIT/index.parquet      the root: a row for each part, with the part's sums and sha256
+SPLIT/index/N.parquet    parts: a row for each of `PART_SHARDS` shards, with the hash of every block in it
+SPLIT/shards/N.arrow     shards: Arrow IPC files, a record batch (block) of `block_tokens + 1` tokens at a time
+SPLIT/documents/N.parquet   which documents a shard holds: id, source, first token, number of tokens
+
+Tokens of all documents one after another are cut into blocks of equal length, blocks make up shards and shards make up
+parts of equal length, so the place of a token is arithmetic and memory does not grow with the dataset. Each block
+repeats the first token of the next one: windows of `sequence_length + 1` tokens need no second block.
+
+Blocks are Arrow IPC, not parquet: a record batch can be decoded from its own bytes, without the footer, and keeps
+16-bit tokens as 16 bits (2 to 4 times less CPU than parquet, and smaller).
 """
 
 from __future__ import annotations
@@ -11,8 +20,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,36 +28,78 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conf.errors import DataError
+from data.storage import relative_parts
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
-INDEX_NAME = "index.parquet"
+PART_SHARDS = 1024
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
-INDEX_SCHEMA = pa.schema(
+ROOT_SCHEMA = pa.schema(
     [
-        ("split", pa.string()),
+        ("num_shards", pa.int64()),
+        ("num_documents", pa.int64()),
+        ("num_tokens", pa.int64()),
+        ("num_bytes", pa.int64()),
+        ("part_bytes", pa.int64()),
+        ("part_sha256", pa.binary(32)),
+    ]
+)
+PART_SCHEMA = pa.schema(
+    [
         ("path", pa.string()),
         ("num_documents", pa.int64()),
         ("num_tokens", pa.int64()),
         ("num_bytes", pa.int64()),
-        ("sha256", pa.string()),
+        ("documents_sha256", pa.binary(32)),
+        ("storage_class", pa.dictionary(pa.int8(), pa.string())),
+        ("block_starts", pa.list_(pa.int64())),
+        ("block_hashes", pa.list_(pa.binary(16))),
     ]
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """A shard as the index describes it; `path` is relative to the dataset, `num_bytes` its size as stored."""
+    """A shard as the index describes it.
 
-    split: Split
+    Attributes:
+        path: relative to the dataset.
+        num_documents: that begin in it.
+        num_tokens: of its blocks, repeated ones not counted.
+        num_bytes: as stored.
+        documents_sha256: of the table of its documents.
+        storage_class: of the object when it was indexed, in S3's terms; STANDARD for local files.
+        block_starts: byte of the shard at which each block starts; one more entry, the end of the last.
+        block_hashes: XXH3-128 of each block.
+    """
+
     path: str
     num_documents: int
     num_tokens: int
     num_bytes: int
-    sha256: str
+    documents_sha256: bytes
+    storage_class: str
+    block_starts: tuple[int, ...]
+    block_hashes: tuple[bytes, ...]
+
+
+class BlockRef(NamedTuple):
+    """Where a block is and what it must be.
+
+    Attributes:
+        path: of its shard, relative to the dataset.
+        start: first byte of its record batch in the shard.
+        num_bytes: of its record batch.
+        digest: XXH3-128 of those bytes.
+    """
+
+    path: str
+    start: int
+    num_bytes: int
+    digest: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +109,7 @@ class Totals:
     num_shards: int
     num_documents: int
     num_tokens: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,12 +127,14 @@ class Manifest:
 
     Attributes:
         format_version: of the layout described at the top of this file.
-        identity: sha256 over the index and the tokenizer; two datasets of one identity hold the same tokens.
+        identity: sha256 over the roots of the index; datasets of one identity hold the same tokens.
         tokenizer_sha256: of the `tokenizer.json` that made the tokens.
         vocab_size: all tokens are below it.
         end_of_text_id: the token that ends every document.
         held_out_fraction: share of documents that were held out, by hash of their content.
         num_duplicates: documents dropped because another of the same content came before.
+        block_tokens: tokens of a block.
+        shard_blocks: blocks of a shard.
         splits: sums by split.
         inputs: lineage.
     """
@@ -93,6 +146,8 @@ class Manifest:
     end_of_text_id: int
     held_out_fraction: float
     num_duplicates: int
+    block_tokens: int
+    shard_blocks: int
     splits: dict[Split, Totals]
     inputs: tuple[InputRecord, ...]
 
@@ -116,111 +171,208 @@ class Manifest:
                 )
             record["splits"] = {split: Totals(**record["splits"][split]) for split in SPLITS}
             record["inputs"] = tuple(InputRecord(**entry) for entry in record["inputs"])
-            return cls(**record)
+            manifest = cls(**record)
+            if min(manifest.block_tokens, manifest.shard_blocks, manifest.vocab_size) < 1:
+                raise ValueError("a size below 1")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{name}: damaged manifest ({error!r}). Copy the dataset again or prepare it anew."
             ) from error
-
-
-class SplitIndex:
-    """The shards of a split, in the order of their tokens.
-
-    Attributes:
-        first_token: int64 position of each shard's first token in the split; one more entry, the total.
-        first_document: likewise for documents.
-    """
-
-    def __init__(self, table: pa.Table, split: Split) -> None:
-        self._table = table
-        self._split = split
-        self.first_token = _starts(table.column("num_tokens"))
-        self.first_document = _starts(table.column("num_documents"))
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def entry(self, number: int) -> ShardEntry:
-        """The shard of this number in the split."""
-        values = {name: self._table.column(name)[number].as_py() for name in INDEX_SCHEMA.names if name != "split"}
-        return ShardEntry(split=self._split, **values)
+        return manifest
 
     @property
-    def totals(self) -> Totals:
-        """Sums over the shards."""
-        return Totals(
-            num_shards=len(self),
-            num_documents=int(self.first_document[-1]),
-            num_tokens=int(self.first_token[-1]),
-        )
+    def token_type(self) -> pa.DataType:
+        """Arrow type of tokens."""
+        return pa.uint16() if self.vocab_size <= 1 << 16 else pa.uint32()
 
 
-def identity_of(entries: Sequence[ShardEntry], tokenizer_sha256: str) -> str:
-    """Identity of a dataset: sha256 over its index, in order, and its tokenizer."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer_sha256}\n".encode())
-    for entry in entries:
-        row = [getattr(entry, name) for name in INDEX_SCHEMA.names]
-        digest.update(json.dumps(row).encode() + b"\n")
+def identity_of(manifest: Manifest, roots: Sequence[bytes]) -> str:
+    """Identity of a dataset: sha256 over what gives its tokens their meaning and over the roots of its index."""
+    facts = [FORMAT_VERSION, manifest.tokenizer_sha256, manifest.vocab_size, manifest.end_of_text_id]
+    digest = hashlib.sha256(json.dumps([*facts, manifest.block_tokens, manifest.shard_blocks]).encode())
+    for root in roots:
+        digest.update(hashlib.sha256(root).digest())
     return digest.hexdigest()
 
 
-def index_bytes(entries: Sequence[ShardEntry]) -> bytes:
-    """The bytes of `index.parquet`."""
-    columns = {name: [getattr(entry, name) for entry in entries] for name in INDEX_SCHEMA.names}
+def root_name(split: Split) -> str:
+    """Name of the root of a split's index."""
+    return f"{split}/index.parquet"
+
+
+def part_name(split: Split, part: int) -> str:
+    """Name of a part of a split's index."""
+    return f"{split}/index/{part:06d}.parquet"
+
+
+def documents_name(shard_path: str) -> str:
+    """Name of the table of a shard's documents."""
+    split, _, name = shard_path.split("/", 2)
+    return f"{split}/documents/{name.removesuffix('.arrow')}.parquet"
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     content: bytes = sink.getvalue().to_pybytes()
     return content
 
 
-def read_index(content: bytes, manifest: Manifest, name: str) -> dict[Split, SplitIndex]:
-    """The shards of each split, held against the manifest.
+def part_bytes(entries: Sequence[ShardEntry]) -> bytes:
+    """The bytes of a part of the index."""
+    columns = {name: [getattr(entry, name) for entry in entries] for name in PART_SCHEMA.names}
+    return table_bytes(pa.table(columns, schema=PART_SCHEMA))
 
-    Raises:
-        DataError: the index cannot be read, is not the one the manifest was written with, has a path that leaves the
-            dataset, or a number that cannot be.
+
+def part_row(entries: Sequence[ShardEntry], content: bytes) -> dict[str, object]:
+    """The row of the root that stands for a part."""
+    return {
+        "num_shards": len(entries),
+        "num_documents": sum(entry.num_documents for entry in entries),
+        "num_tokens": sum(entry.num_tokens for entry in entries),
+        "num_bytes": sum(entry.num_bytes for entry in entries),
+        "part_bytes": len(content),
+        "part_sha256": hashlib.sha256(content).digest(),
+    }
+
+
+def root_bytes(rows: Sequence[dict[str, object]]) -> bytes:
+    """The bytes of the root of an index."""
+    return table_bytes(pa.Table.from_pylist(list(rows), schema=ROOT_SCHEMA))
+
+
+class Root:
+    """The parts of a split's index.
+
+    Attributes:
+        first_document: int64 number of each part's first document; one more entry, the total.
+        totals: sums over the split.
     """
+
+    def __init__(self, content: bytes, manifest: Manifest, split: Split, name: str) -> None:
+        """Read a root and hold it against the manifest.
+
+        Raises:
+            DataError: it cannot be read, or its numbers do not add up.
+        """
+        table = _table(content, ROOT_SCHEMA, name)
+        sums = {field: table.column(field).to_numpy() for field in ROOT_SCHEMA.names[:5]}
+        if any(int(column.min(initial=1)) < (field != "num_documents") for field, column in sums.items()):
+            raise DataError(f"{name}: a part with a number that cannot be (negative or 0). Prepare the dataset anew.")
+        self.totals = Totals(**{field: int(sums[field].sum()) for field in Totals.__dataclass_fields__})
+        if self.totals != manifest.splits[split]:
+            raise DataError(
+                f"{name}: {self.totals} in {split}, and {MANIFEST_NAME} says {manifest.splits[split]}. "
+                "Copy the dataset again or prepare it anew."
+            )
+        if (sums["num_shards"][:-1] != PART_SHARDS).any() or sums["num_shards"][-1:].max(initial=0) > PART_SHARDS:
+            raise DataError(f"{name}: a part before the last does not have {PART_SHARDS} shards.")
+        self.first_document = np.concatenate([[0], np.cumsum(sums["num_documents"])])
+        self._rows = sums
+        self._sha256 = table.column("part_sha256")
+
+    def sums(self, part: int) -> Totals:
+        """What a part adds up to."""
+        return Totals(**{field: int(self._rows[field][part]) for field in Totals.__dataclass_fields__})
+
+    def sha256(self, part: int) -> bytes:
+        """Hash of a part."""
+        digest: bytes = self._sha256[part].as_py()
+        return digest
+
+
+class Part:
+    """A part of the index: up to `PART_SHARDS` shards, about 30 bytes a block in memory.
+
+    Attributes:
+        first_document: int64 number of each shard's first document within the part; one more entry, the total.
+        num_tokens: int64 tokens of each shard.
+        num_bytes: int64 bytes of each shard.
+    """
+
+    def __init__(self, content: bytes, root: Root, split: Split, number: int, name: str) -> None:
+        """Read a part and hold it against the root.
+
+        Raises:
+            DataError: it is not the part the root was written with, has a path that leaves the dataset, or a number
+                that cannot be.
+        """
+        if hashlib.sha256(content).digest() != root.sha256(number):
+            raise DataError(
+                f"{name}: does not belong to {root_name(split)} (another sha256). One of the two was changed or copied "
+                "from elsewhere: copy the dataset again or prepare it anew."
+            )
+        table = _table(content, PART_SCHEMA, name)
+        self._table = table
+        self.num_tokens = table.column("num_tokens").to_numpy()
+        self.num_bytes = table.column("num_bytes").to_numpy()
+        documents = table.column("num_documents").to_numpy()
+        self.first_document: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(documents)])
+        starts, hashes = table.column("block_starts").chunk(0), table.column("block_hashes").chunk(0)
+        self._start_offsets = starts.offsets.to_numpy()
+        self._starts = starts.values.to_numpy()
+        self._hash_offsets = hashes.offsets.to_numpy()
+        self._hashes = hashes.values
+        self._check(split, root.sums(number), documents, name)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def entry(self, shard: int) -> ShardEntry:
+        """A shard, by its number in the part."""
+        row: dict[str, Any] = self._table.slice(shard, 1).to_pylist()[0]
+        row["block_starts"], row["block_hashes"] = tuple(row["block_starts"]), tuple(row["block_hashes"])
+        return ShardEntry(**row)
+
+    def path(self, shard: int) -> str:
+        """Path of a shard, by its number in the part."""
+        path: str = self._table.column("path")[shard].as_py()
+        return path
+
+    def storage_class(self, shard: int) -> str:
+        """Storage class of a shard, by its number in the part."""
+        storage_class: str = self._table.column("storage_class")[shard].as_py()
+        return storage_class
+
+    def block(self, shard: int, block: int) -> BlockRef:
+        """A block, by its number in the shard, which is given by its number in the part."""
+        first = int(self._start_offsets[shard]) + block
+        start, end = int(self._starts[first]), int(self._starts[first + 1])
+        digest: bytes = self._hashes[int(self._hash_offsets[shard]) + block].as_py()
+        return BlockRef(self.path(shard), start, end - start, digest)
+
+    def _check(self, split: Split, sums: Totals, documents: npt.NDArray[np.int64], name: str) -> None:
+        smallest = min(int(self.num_tokens.min()), int(self.num_bytes.min()), int(documents.min()) + 1)
+        if smallest < 1:
+            raise DataError(f"{name}: a shard with tokens, bytes or documents that cannot be (negative or 0).")
+        found = Totals(
+            num_shards=self._table.num_rows,
+            num_documents=int(documents.sum()),
+            num_tokens=int(self.num_tokens.sum()),
+            num_bytes=int(self.num_bytes.sum()),
+        )
+        if found != sums:
+            raise DataError(f"{name}: {found}, and {root_name(split)} says {sums}. Prepare the dataset anew.")
+        paths = self._table.column("path").to_pylist()
+        for path in paths:
+            _check_path(path, split, name)
+        if len(set(paths)) != len(paths):
+            raise DataError(f"{name}: names a shard twice. Prepare the dataset anew.")
+
+
+def _check_path(path: str, split: Split, name: str) -> None:
     try:
-        table = pq.read_table(pa.BufferReader(content)).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
-        entries = [ShardEntry(**row) for row in table.to_pylist()]
+        parts = list(relative_parts(path))
+    except ValueError:
+        raise DataError(f"{name}: shard path '{path}' is not a plain path, or leaves the dataset.") from None
+    if parts[:2] != [split, "shards"] or len(parts) != 3 or not path.endswith(".arrow"):
+        raise DataError(f"{name}: shard path '{path}' is not of the form {split}/shards/NAME.arrow.")
+
+
+def _table(content: bytes, schema: pa.Schema, name: str) -> pa.Table:
+    try:
+        table = pq.read_table(pa.BufferReader(content), use_threads=False).select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{name}: not an index ({error}). Copy the dataset again or prepare it anew.") from error
-    for entry in entries:
-        _check(entry, name)
-    if len({entry.path for entry in entries}) != len(entries):
-        raise DataError(f"{name}: names a shard twice. Prepare the dataset anew.")
-    if identity_of(entries, manifest.tokenizer_sha256) != manifest.identity:
-        raise DataError(
-            f"{name}: does not belong to the {MANIFEST_NAME} beside it (identity {manifest.identity[:12]}...). "
-            "One of the two was changed or copied from elsewhere: copy the dataset again or prepare it anew."
-        )
-    splits = {}
-    for split in SPLITS:
-        rows = [number for number, entry in enumerate(entries) if entry.split == split]
-        splits[split] = SplitIndex(table.take(pa.array(rows, pa.int64())).combine_chunks(), split)
-        if splits[split].totals != manifest.splits[split]:
-            raise DataError(
-                f"{name}: {splits[split].totals} in {split}, and {MANIFEST_NAME} says {manifest.splits[split]}."
-            )
-    return splits
-
-
-def _check(entry: ShardEntry, name: str) -> None:
-    if entry.split not in SPLITS:
-        raise DataError(f"{name}: unknown split '{entry.split}'; the splits are {', '.join(SPLITS)}.")
-    path = PurePosixPath(entry.path)
-    if path.is_absolute() or "\\" in entry.path or path.as_posix() != entry.path or path.parts[:1] != (entry.split,):
-        raise DataError(f"{name}: shard path '{entry.path}' is not a plain path inside the folder '{entry.split}'.")
-    if ".." in path.parts:
-        raise DataError(f"{name}: shard path '{entry.path}' leaves the dataset.")
-    if min(entry.num_documents, entry.num_tokens, entry.num_bytes) < 1:
-        raise DataError(
-            f"{name}: shard {entry.path} has {entry.num_documents} documents, {entry.num_tokens} tokens and "
-            f"{entry.num_bytes} bytes; each must be at least 1."
-        )
-
-
-def _starts(counts: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    starts = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts.to_numpy(), out=starts[1:])
-    return starts
+    return table.combine_chunks()

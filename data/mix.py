@@ -1,9 +1,14 @@
-"""Which source a position's sample is from: exact proportions in every block, random order inside it. Pure."""
+"""Which source a position's sample is from: exact proportions in every block, random order inside it. Pure.
+
+Positions are dealt to lanes in turn (position p is of lane p mod `num_lanes`), and a lane's samples of a source are
+counted 0, 1, 2, ... by table look-up: the pattern of sources repeats after a period of many blocks.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,38 +18,50 @@ import numpy.typing as npt
 from data.order import Indices, key_of, mixed
 
 MAX_BLOCK = 1024
+PERIOD = 4096
+"""The pattern of sources repeats after at least so many positions."""
 
 
-@dataclass(frozen=True, slots=True)
 class Mixture:
-    """How many samples of each source make a block.
+    """One set of weights.
 
     Attributes:
         names: the sources, sorted, so that the order they are written in changes nothing.
         counts: samples of each in a block, at least 1.
-        seed: of the order inside blocks.
+        lane_counts: int64 samples of each source a lane has in a period, shape (num_lanes, sources), rows equal.
     """
 
-    names: tuple[str, ...]
-    counts: tuple[int, ...]
-    seed: int
-
-    @classmethod
-    def of(cls, weights: Mapping[str, float], seed: int) -> Mixture:
-        """The smallest block that holds the weights exactly, or one of `MAX_BLOCK` that rounds them.
+    def __init__(self, weights: Mapping[str, float], *, seed: int, num_lanes: int) -> None:
+        """Blocks are the smallest that hold the weights exactly, or of `MAX_BLOCK` samples with the weights rounded.
 
         Raises:
             ValueError: there are no weights, or one is not above 0.
         """
-        if not weights or min(weights.values()) <= 0:
+        if not weights or not all(0 < weight < math.inf for weight in weights.values()):
             raise ValueError(f"mixture {dict(weights)}: it must name at least one source, each with a weight above 0")
-        names = tuple(sorted(weights))
-        exact = [Fraction(str(weights[name])) for name in names]
-        shares = [weight / sum(exact) for weight in exact]
-        block = math.lcm(*(share.denominator for share in shares))
-        if block <= MAX_BLOCK:
-            return cls(names, tuple(int(share * block) for share in shares), seed)
-        return cls(names, _rounded(shares, MAX_BLOCK), seed)
+        self.names = tuple(sorted(weights))
+        self.counts = _block_counts([Fraction(str(weights[name])) for name in self.names])
+        self.num_lanes = num_lanes
+        block = sum(self.counts)
+        orders = -(-PERIOD // (block * num_lanes))
+        self._period = orders * num_lanes * block
+        words = mixed(np.arange(orders * block, dtype=np.uint64), key_of(seed, "mixture")).reshape(orders, 1, block)
+        # A lane meets every place of a block in `num_lanes` blocks if blocks are turned by one whenever it would come
+        # back to the same places: so each lane, too, has every source exactly as often.
+        turn = np.arange(num_lanes) // (num_lanes // math.gcd(block, num_lanes))
+        places = (np.arange(block) + turn[:, None]) % block
+        order = np.argsort(words, axis=2, kind="stable")
+        sources = np.repeat(np.arange(len(self.names)), self.counts)
+        self._sources = sources[np.take_along_axis(order, places[None], axis=2)].reshape(-1)
+        by_lane = self._sources.reshape(-1, num_lanes)
+        earlier = np.zeros_like(by_lane)
+        totals = []
+        for source in range(len(self.names)):
+            so_far = np.cumsum(by_lane == source, axis=0)
+            earlier = np.where(by_lane == source, so_far - 1, earlier)
+            totals.append(so_far[-1])
+        self._earlier = earlier.reshape(-1)
+        self.lane_counts: Indices = np.stack(totals, axis=1).astype(np.int64)
 
     @property
     def block(self) -> int:
@@ -55,29 +72,112 @@ class Mixture:
         """Where the samples at these positions come from.
 
         Args:
-            positions: int64 global sample positions, shape (N,).
+            positions: int64, shape (N,).
 
         Returns:
-            For each position the source (its place in `names`) and how many samples of that source came before it.
-            Over positions 0, 1, 2, ... every source is counted 0, 1, 2, ... without a gap.
+            For each position the source (its place in `names`) and how many samples of that source its lane had before.
         """
-        blocks, inside = np.divmod(positions, self.block)
-        distinct, row = np.unique(blocks, return_inverse=True)
-        sources_of, earlier_in = self._patterns(distinct)
-        sources = sources_of[row, inside]
-        counts = np.array(self.counts, np.int64)
-        return sources, blocks * counts[sources] + earlier_in[row, inside]
+        periods, inside = np.divmod(positions, self._period)
+        sources = self._sources[inside]
+        return sources, periods * self.lane_counts[inside % self.num_lanes, sources] + self._earlier[inside]
 
-    def _patterns(self, blocks: Indices) -> tuple[npt.NDArray[np.int64], Indices]:
-        """For whole blocks, the source at each place and how many of that source come before it in the block."""
-        places = (blocks[:, None] * self.block + np.arange(self.block)).astype(np.uint64)
-        order = np.argsort(mixed(places, key_of(self.seed, "mixture")), axis=1, kind="stable")
-        sources = np.repeat(np.arange(len(self.names)), self.counts)[order]
-        earlier = np.zeros_like(sources)
-        for source in range(len(self.names)):
-            is_source = sources == source
-            earlier += np.where(is_source, np.cumsum(is_source, axis=1) - 1, 0)
-        return sources, earlier
+    def counts_before(self, position: int) -> Indices:
+        """Samples of each source each lane had before a position, which must be a multiple of `num_lanes`."""
+        periods, inside = divmod(position, self._period)
+        counts = periods * self.lane_counts
+        by_lane = self._sources[:inside].reshape(-1, self.num_lanes)
+        begun = [(by_lane == source).sum(axis=0) for source in range(len(self.names))]
+        return np.asarray(counts + np.stack(begun, axis=1), np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """A mixture from a step on; `before` is what each lane had of each source by then, shape (lanes, sources)."""
+
+    first_step: int
+    mixture: Mixture
+    columns: npt.NDArray[np.int64]
+    before: Indices
+
+
+class MixtureSchedule:
+    """Mixtures that follow one another; a source goes on where it was when it comes again.
+
+    Attributes:
+        names: all sources of all mixtures, sorted.
+    """
+
+    def __init__(
+        self, mixtures: Sequence[tuple[int, Mapping[str, float]]], *, seed: int, num_lanes: int, global_batch: int
+    ) -> None:
+        """Take up mixtures.
+
+        Args:
+            mixtures: first step and weights of each, the first from step 0, steps ascending.
+            seed: of the order of sources.
+            num_lanes: must divide `global_batch`.
+            global_batch: samples of a step.
+
+        Raises:
+            ValueError: the steps do not ascend from 0, or weights are impossible.
+        """
+        steps = [step for step, _ in mixtures]
+        if steps[:1] != [0] or any(step >= later for step, later in itertools.pairwise(steps)):
+            raise ValueError(f"mixtures from steps {steps}: the first must be from step 0, the others ascend")
+        self.names = tuple(sorted({name for _, weights in mixtures for name in weights}))
+        self.num_lanes = num_lanes
+        self._global_batch = global_batch
+        self._phases: list[_Phase] = []
+        before = np.zeros((num_lanes, len(self.names)), np.int64)
+        for number, (step, weights) in enumerate(mixtures):
+            mixture = Mixture(weights, seed=key_of(seed, number), num_lanes=num_lanes)
+            columns = np.array([self.names.index(name) for name in mixture.names])
+            self._phases.append(_Phase(step, mixture, columns, before))
+            if number + 1 < len(mixtures):
+                before = before.copy()
+                before[:, columns] += mixture.counts_before((steps[number + 1] - step) * global_batch)
+
+    def locate(self, ids: Indices) -> tuple[Indices, Indices, Indices]:
+        """Where samples come from.
+
+        Args:
+            ids: int64 global sample ids, shape (N,): step times global batch plus row.
+
+        Returns:
+            For each the source (its place in `names`), its lane, and how many samples of it the lane had before.
+        """
+        steps, rows = np.divmod(ids, self._global_batch)
+        lanes, inside = np.divmod(rows, self._global_batch // self.num_lanes)
+        sources, counts = np.empty_like(ids), np.empty_like(ids)
+        firsts = np.array([phase.first_step for phase in self._phases])
+        numbers = np.searchsorted(firsts, steps, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            phase, chosen = self._phases[number], numbers == number
+            positions = (steps[chosen] - phase.first_step) * self._global_batch + inside[chosen] * self.num_lanes
+            within, earlier = phase.mixture.locate(positions + lanes[chosen])
+            sources[chosen] = phase.columns[within]
+            counts[chosen] = earlier + phase.before[lanes[chosen], sources[chosen]]
+        return sources, lanes, counts
+
+    def samples_before(self, step: int) -> dict[str, int]:
+        """Samples of each source that the steps before this one take."""
+        phase = max((phase for phase in self._phases if phase.first_step <= step), key=lambda phase: phase.first_step)
+        counts = phase.before.copy()
+        counts[:, phase.columns] += phase.mixture.counts_before((step - phase.first_step) * self._global_batch)
+        return dict(zip(self.names, counts.sum(axis=0).tolist(), strict=True))
+
+
+def num_lanes_of(global_batch: int, most: int) -> int:
+    """The largest number of lanes up to `most` that a global batch can be dealt to evenly."""
+    return max(lanes for lanes in range(1, min(most, global_batch) + 1) if global_batch % lanes == 0)
+
+
+def _block_counts(weights: list[Fraction]) -> tuple[int, ...]:
+    shares = [weight / sum(weights) for weight in weights]
+    block = math.lcm(*(share.denominator for share in shares))
+    if block <= MAX_BLOCK:
+        return tuple(int(share * block) for share in shares)
+    return _rounded(shares, MAX_BLOCK)
 
 
 def _rounded(shares: list[Fraction], block: int) -> tuple[int, ...]:

@@ -1,9 +1,16 @@
-"""Shuffling without memory: seeded bijections on [0, n), computed position by position. Pure."""
+"""Shuffling without memory: seeded bijections on [0, n), computed position by position. Pure.
+
+`BlockShuffle` is the order of a source's samples. Samples that lie together form *runs*, as much as is read at once.
+Runs are dealt in random order to *lanes*, which are contiguous rows of the global batch; a lane mixes the samples of
+`window_runs` runs at a time. So a data rank reads only the runs of its own lanes and each of them once, while
+neighbours in a batch come from all over the dataset.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +18,7 @@ import numpy.typing as npt
 NUM_ROUNDS = 8
 
 Indices = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.uint64]
 
 
 def key_of(*parts: int | str) -> int:
@@ -18,15 +26,15 @@ def key_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
-def mixed(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+def mixed(values: Keys, key: int | Keys) -> Keys:
     """Well-mixed 64-bit words, a bijection of the values for each key (the finaliser of splitmix64)."""
-    words = values ^ np.uint64(key)
+    words = values ^ np.asarray(key, np.uint64)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
 
 
-def permuted(indices: Indices, size: int, key: int) -> Indices:
+def permuted(indices: Indices, size: int, key: int | Keys) -> Indices:
     """Where a random-looking permutation of [0, size) sends each index; for one key a bijection.
 
     A Feistel network over a grid of about sqrt(size) x sqrt(size) cells that is hardly larger than [0, size); what
@@ -35,7 +43,7 @@ def permuted(indices: Indices, size: int, key: int) -> Indices:
     Args:
         indices: int64, any shape, each in [0, size).
         size: number of elements, up to 2**62.
-        key: tells permutations apart.
+        key: tells permutations apart; one for all indices, or one for each.
 
     Raises:
         IndexError: an index is outside [0, size).
@@ -44,22 +52,90 @@ def permuted(indices: Indices, size: int, key: int) -> Indices:
         raise IndexError(f"indices from {indices.min()} to {indices.max()} in a permutation of {size}")
     width = math.isqrt(max(size - 1, 0)) + 1
     height = -(-size // width)
-    result = _scrambled(indices.astype(np.uint64), width, height, key)
+    keys = np.broadcast_to(np.asarray(key, np.uint64), indices.shape)
+    result = _scrambled(indices.astype(np.uint64), width, height, keys)
     outside = result >= np.uint64(size)
     while outside.any():
-        result[outside] = _scrambled(result[outside], width, height, key)
+        result[outside] = _scrambled(result[outside], width, height, keys[outside])
         outside = result >= np.uint64(size)
     return result.astype(np.int64)
 
 
-def _scrambled(values: npt.NDArray[np.uint64], width: int, height: int, key: int) -> npt.NDArray[np.uint64]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockShuffle:
+    """The order of a source's samples, pass after pass; pure arithmetic.
+
+    Attributes:
+        num_runs: of the source.
+        run_samples: samples of a run; `num_runs * run_samples` samples are seen once in every pass.
+        window_runs: runs whose samples a lane mixes.
+        num_lanes: the runs are dealt to.
+        near_runs: runs that are drawn from at a time, in stretches of `stretch_runs` from all over the source; bounds
+            how much of the index has to be at hand. At least `num_runs` in all but the largest datasets.
+        stretch_runs: runs that lie together.
+        seed: of all permutations.
+    """
+
+    num_runs: int
+    run_samples: int
+    window_runs: int
+    num_lanes: int
+    near_runs: int
+    stretch_runs: int
+    seed: int
+
+    def locate(self, lanes: Indices, counts: Indices) -> tuple[Indices, Indices, Indices]:
+        """What a lane sees after so many samples of the source.
+
+        Args:
+            lanes: int64, shape (N,).
+            counts: samples of the source that the lane saw before, shape (N,).
+
+        Returns:
+            Pass over the source, run, and sample in the run, each int64 of shape (N,).
+        """
+        window_samples = self.window_runs * self.run_samples
+        windows, inside = np.divmod(counts, window_samples)
+        if window_samples > 1:
+            key = key_of(self.seed, "window")
+            keys = mixed(mixed(windows.astype(np.uint64), key) + lanes.astype(np.uint64), key)
+            inside = permuted(inside, window_samples, keys)
+        in_window, samples = np.divmod(inside, self.run_samples)
+        dealt = (windows * self.window_runs + in_window) * self.num_lanes + lanes
+        epochs, places = np.divmod(dealt, self.num_runs)
+        runs = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            rows = epochs == epoch
+            runs[rows] = self._runs(places[rows], epoch)
+        return epochs, runs, samples
+
+    def _runs(self, places: Indices, epoch: int) -> Indices:
+        """The runs at these places of a pass."""
+        num_near = min(self.near_runs, self.num_runs)
+        nears, inside = np.divmod(places, num_near)
+        spread = np.empty_like(places)
+        for near in np.unique(nears).tolist():
+            rows = nears == near
+            size = min(num_near, self.num_runs - near * num_near)
+            spread[rows] = near * num_near + permuted(inside[rows], size, key_of(self.seed, epoch, near))
+        if num_near == self.num_runs:
+            return spread
+        # The last stretch is shorter than the others and stays last, so that the rest is a grid.
+        whole = self.num_runs // self.stretch_runs
+        stretches, inside = np.divmod(spread, self.stretch_runs)
+        moved = stretches < whole
+        stretches[moved] = permuted(stretches[moved], whole, key_of(self.seed, epoch, "stretches"))
+        return stretches * self.stretch_runs + inside
+
+
+def _scrambled(values: Keys, width: int, height: int, keys: Keys) -> Keys:
     """One pass of the network: a bijection on [0, width * height)."""
     rows, columns = np.divmod(values, np.uint64(width))
     for round_number in range(NUM_ROUNDS):
-        round_key = (key + (round_number + 1) * 0x9E3779B97F4A7C15) % 2**64
+        round_keys = keys + np.uint64((round_number + 1) * 0x9E3779B97F4A7C15 % 2**64)
         if round_number % 2:
-            columns = (columns + mixed(rows, round_key) % np.uint64(width)) % np.uint64(width)
+            columns = (columns + mixed(rows, round_keys) % np.uint64(width)) % np.uint64(width)
         else:
-            rows = (rows + mixed(columns, round_key) % np.uint64(height)) % np.uint64(height)
-    result: npt.NDArray[np.uint64] = rows * np.uint64(width) + columns
+            rows = (rows + mixed(columns, round_keys) % np.uint64(height)) % np.uint64(height)
+    result: Keys = rows * np.uint64(width) + columns
     return result

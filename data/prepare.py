@@ -7,39 +7,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from conf.errors import DataError, UserError
 from conf.schema import DataConfig, SourceConfig
+from data.corpora import is_shipped
 from data.documents import Document, InputFile, content_hash, documents, input_files, is_held_out, normalised
-from data.index import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    SPLITS,
-    InputRecord,
-    Manifest,
-    ShardEntry,
-    Split,
-    Totals,
-    identity_of,
-    index_bytes,
-)
-from data.shards import Dataset
-from data.storage import Storage
+from data.index import FORMAT_VERSION, MANIFEST_NAME, SPLITS, InputRecord, Split
+from data.shards import Access, Dataset
+from data.storage import Store
 from data.tokenizer import Tokenizer
+from data.writer import BLOCK_TOKENS, DatasetFacts, DatasetWriter
 
-SHARD_TOKENS = 4 << 20
 BATCH_CHARACTERS = 2 << 20
 """Text tokenised at once: enough to keep all cores busy, small beside a shard."""
 HASHED_BYTES = 64 << 20
@@ -53,7 +36,7 @@ def prepare(
     *,
     held_out_fraction: float = 0.05,
     text_field: str = "text",
-    shard_tokens: int = SHARD_TOKENS,
+    block_tokens: int = BLOCK_TOKENS,
 ) -> Dataset:
     """Make a dataset. It appears under `output` whole, by rename, or not at all.
 
@@ -65,7 +48,7 @@ def prepare(
         tokenizer: makes the tokens.
         held_out_fraction: share of documents, chosen by hash of their content, that goes to the held-out split.
         text_field: column or key of the text in parquet and jsonl.
-        shard_tokens: a shard is closed when it has this many.
+        block_tokens: tokens that are read at once.
 
     Raises:
         DataError: an input is missing or unreadable, a split would be empty, or `output` cannot be written.
@@ -77,12 +60,23 @@ def prepare(
     files = input_files(inputs)
     partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:12]}"
     try:
-        for split in SPLITS:
-            (partial / split).mkdir(parents=True)
-        writer = _Writer(partial, tokenizer, shard_tokens)
+        partial.mkdir(parents=True)
+        facts = DatasetFacts(
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text_id=tokenizer.end_of_text_id,
+            held_out_fraction=held_out_fraction,
+            block_tokens=block_tokens,
+        )
+        writer = DatasetWriter(Store.open(partial), facts)
+        preparation = _Preparation(writer, tokenizer)
         for batch in _batches(files, text_field):
-            writer.add(batch, held_out_fraction)
-        _finish(writer, files, tokenizer, held_out_fraction)
+            preparation.add(batch)
+        _check_not_empty({split: writer.num_documents(split) for split in SPLITS}, held_out_fraction)
+        lineage = [
+            InputRecord(path=file.name, num_bytes=file.path.stat().st_size, sha256=_sha256(file.path)) for file in files
+        ]
+        writer.finish(num_duplicates=preparation.num_duplicates, inputs=lineage)
         partial.rename(output)
     except OSError as error:
         raise DataError(
@@ -102,8 +96,9 @@ def prepared(source: SourceConfig, data: DataConfig) -> Dataset:
         DataError: the source cannot be prepared, or is a dataset made with another tokenizer.
     """
     tokenizer = Tokenizer.load(data.tokenizer)
-    if Storage.open(source.path).exists(MANIFEST_NAME):
-        dataset = Dataset.open(source.path)
+    if not is_shipped(source.path) and Store.open(source.path, data.storage).exists(MANIFEST_NAME):
+        dataset = Dataset.open(source.path, Access(storage=data.storage))
+        dataset.check_stored()
     elif "://" in source.path:
         raise DataError(
             f"{source.path}: no dataset here (no {MANIFEST_NAME}), and text is read from local files only. "
@@ -147,15 +142,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _batches(files: Sequence[InputFile], text_field: str) -> Iterator[list[Document]]:
-    """Documents of all files in groups of `BATCH_CHARACTERS`, normalised, empty ones left out."""
-    batch: list[Document] = []
+def _batches(files: Sequence[InputFile], text_field: str) -> Iterator[list[tuple[str, Document]]]:
+    """Documents of all files, each with its file, in groups of `BATCH_CHARACTERS`, normalised, empty ones left out."""
+    batch: list[tuple[str, Document]] = []
     characters = 0
     for file in files:
         for document in documents(file, text_field):
             text = normalised(document.text)
             if text.strip():
-                batch.append(Document(document.id, text))
+                batch.append((file.name, Document(document.id, text)))
                 characters += len(text)
             if characters >= BATCH_CHARACTERS:
                 yield batch
@@ -164,120 +159,41 @@ def _batches(files: Sequence[InputFile], text_field: str) -> Iterator[list[Docum
         yield batch
 
 
-class _Writer:
-    """Shards of both splits, as documents come."""
+class _Preparation:
+    """Documents as they come, duplicates left out, into a writer."""
 
-    def __init__(self, root: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        self.root = root
-        self.entries: list[ShardEntry] = []
+    def __init__(self, writer: DatasetWriter, tokenizer: Tokenizer) -> None:
         self.num_duplicates = 0
+        self._writer = writer
         self._tokenizer = tokenizer
-        self._shard_tokens = shard_tokens
         self._seen: set[bytes] = set()
-        self._open: dict[Split, list[tuple[str, npt.NDArray[np.uint32]]]] = {split: [] for split in SPLITS}
-        self._open_tokens: dict[Split, int] = dict.fromkeys(SPLITS, 0)
 
-    def add(self, batch: Sequence[Document], held_out_fraction: float) -> None:
-        """Tokenise documents that were not seen before and put each on its side."""
-        fresh: list[tuple[Document, Split]] = []
-        for document in batch:
+    def add(self, batch: Sequence[tuple[str, Document]]) -> None:
+        """Tokenise documents, each with its file, that were not seen before and put each on its side."""
+        fresh: list[tuple[str, Document, Split]] = []
+        for source, document in batch:
             digest = content_hash(document.text)
             if digest in self._seen:
                 self.num_duplicates += 1
                 continue
             self._seen.add(digest)
-            fresh.append((document, "held_out" if is_held_out(digest, held_out_fraction) else "train"))
-        encoded = self._tokenizer.encode([document.text for document, _ in fresh])
-        for (document, split), tokens in zip(fresh, encoded, strict=True):
-            self._open[split].append((document.id, tokens))
-            self._open_tokens[split] += len(tokens) + 1
-            if self._open_tokens[split] >= self._shard_tokens:
-                self.flush(split)
-
-    def flush(self, split: Split) -> None:
-        """Write the open shard of a split, if there is anything in it."""
-        rows = self._open[split]
-        if not rows:
-            return
-        dtype = np.uint16 if self._tokenizer.vocab_size <= 1 << 16 else np.uint32
-        offsets = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum([len(tokens) + 1 for _, tokens in rows], out=offsets[1:])
-        values = np.full(offsets[-1], self._tokenizer.end_of_text_id, dtype)
-        for (_, tokens), start in zip(rows, offsets, strict=False):
-            values[start : start + len(tokens)] = tokens
-        table = pa.table(
-            {
-                "id": pa.array([name for name, _ in rows], pa.string()),
-                "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
-            }
-        )
-        number = sum(entry.split == split for entry in self.entries)
-        path = self.root / split / f"{number:06d}.parquet"
-        pq.write_table(table, path, compression="zstd", row_group_size=len(rows))
-        entry = ShardEntry(
-            split=split,
-            path=f"{split}/{path.name}",
-            num_documents=len(rows),
-            num_tokens=int(offsets[-1]),
-            num_bytes=path.stat().st_size,
-            sha256=_sha256(path),
-        )
-        self.entries.append(entry)
-        self._open[split] = []
-        self._open_tokens[split] = 0
+            held_out = is_held_out(digest, self._writer.facts.held_out_fraction)
+            fresh.append((source, document, "held_out" if held_out else "train"))
+        encoded = self._tokenizer.encode([document.text for _, document, _ in fresh])
+        for (source, document, split), tokens in zip(fresh, encoded, strict=True):
+            self._writer.add(split, document.id, source, tokens)
 
 
-def _finish(writer: _Writer, files: Sequence[InputFile], tokenizer: Tokenizer, held_out_fraction: float) -> None:
-    """Close the shards and write index and manifest.
-
-    Raises:
-        DataError: a split is empty.
-    """
-    for split in SPLITS:
-        writer.flush(split)
-    totals = {split: _totals([entry for entry in writer.entries if entry.split == split]) for split in SPLITS}
-    _check_not_empty(totals, held_out_fraction)
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        identity=identity_of(writer.entries, tokenizer.sha256),
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text_id=tokenizer.end_of_text_id,
-        held_out_fraction=held_out_fraction,
-        num_duplicates=writer.num_duplicates,
-        splits=totals,
-        inputs=tuple(
-            InputRecord(path=file.name, num_bytes=file.path.stat().st_size, sha256=_sha256(file.path)) for file in files
-        ),
-    )
-    (writer.root / INDEX_NAME).write_bytes(index_bytes(writer.entries))
-    partial = writer.root / f"{MANIFEST_NAME}.partial"
-    with partial.open("wb") as stream:
-        stream.write(manifest.to_json())
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(writer.root / MANIFEST_NAME)
-
-
-def _totals(entries: Sequence[ShardEntry]) -> Totals:
-    return Totals(
-        num_shards=len(entries),
-        num_documents=sum(entry.num_documents for entry in entries),
-        num_tokens=sum(entry.num_tokens for entry in entries),
-    )
-
-
-def _check_not_empty(totals: dict[Split, Totals], held_out_fraction: float) -> None:
-    num_documents = sum(total.num_documents for total in totals.values())
-    if not num_documents:
+def _check_not_empty(num_documents: dict[Split, int], held_out_fraction: float) -> None:
+    total = sum(num_documents.values())
+    if not total:
         raise DataError(
             "the input has no text in it (only empty documents or none at all). Give at least two documents."
         )
-    for split, total in totals.items():
-        if not total.num_documents:
+    for split, count in num_documents.items():
+        if not count:
             raise DataError(
-                f"none of {num_documents} documents fell to the {split} split at "
-                f"held_out_fraction={held_out_fraction}. "
+                f"none of {total} documents fell to the {split} split at held_out_fraction={held_out_fraction}. "
                 "Models are judged on documents they never saw, so both splits must have some: "
                 "cut the text into more documents, or change the fraction."
             )

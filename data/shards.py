@@ -1,10 +1,12 @@
-"""Reading a prepared dataset: tokens by position, documents by number, every shard held against its hash."""
+"""Reading a prepared dataset: tokens by position, documents by number; every block held against its hash."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conf.errors import DataError
-from data.index import INDEX_NAME, MANIFEST_NAME, SPLITS, Manifest, ShardEntry, Split, SplitIndex, read_index
-from data.storage import Storage
+from conf.schema import StorageConfig
+from data.blocks import BlockReader, OnArchived
+from data.index import (
+    MANIFEST_NAME,
+    PART_SHARDS,
+    SPLITS,
+    BlockRef,
+    Manifest,
+    Part,
+    Root,
+    Split,
+    documents_name,
+    identity_of,
+    part_name,
+    root_name,
+)
+from data.storage import MissingObjectError, Store
+from data.tiers import Tier
 
 CACHE_BYTES = 256 << 20
+NUM_READERS = 8
+NUM_PARTS = 24
+"""Parts of the index kept in memory; more than a shuffle draws from at a time."""
 
 Tokens = npt.NDArray[np.uint16 | np.uint32]
 
@@ -37,24 +58,21 @@ class TokenDocument:
     tokens: Tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A decoded shard.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Access:
+    """How a dataset is read.
 
     Attributes:
-        tokens: of all documents, one after another; a read-only view of Arrow's memory.
-        offsets: int32 position of each document's first token; one more entry, the total.
-        ids: names of the documents.
+        storage: how its storage is spoken to.
+        tiers: caches on the way, fastest first.
+        cache_bytes: decoded blocks kept in memory.
+        on_archived: waits until an archived shard can be read; None: reading one is an error.
     """
 
-    tokens: Tokens
-    offsets: npt.NDArray[np.int32]
-    ids: pa.StringArray
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory it takes."""
-        return int(self.tokens.nbytes + self.offsets.nbytes + self.ids.nbytes)
+    storage: StorageConfig | None = None
+    tiers: Sequence[Tier] = ()
+    cache_bytes: int = CACHE_BYTES
+    on_archived: OnArchived | None = None
 
 
 class Dataset:
@@ -62,38 +80,57 @@ class Dataset:
 
     Attributes:
         manifest: what `dataset.json` says.
+        store: where it is.
+        reader: its blocks, with what each tier did.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, splits: dict[Split, SplitIndex], cache_bytes: int) -> None:
+    def __init__(self, store: Store, manifest: Manifest, roots: dict[Split, Root], access: Access) -> None:
         self.manifest = manifest
-        self._storage = storage
-        self._splits = splits
-        self._cache_bytes = cache_bytes
-        self._cache: OrderedDict[str, Shard] = OrderedDict()
+        self.store = store
+        self.reader = BlockReader(store, access.tiers, access.on_archived)
+        self._roots = roots
+        self._parts: OrderedDict[tuple[Split, int], Part] = OrderedDict()
+        self._schema = pa.schema([pa.field("tokens", manifest.token_type, nullable=False)])
+        self._block_bytes: int = (manifest.block_tokens + 1) * self._schema.field(0).type.bit_width // 8
+        self._cache_bytes = access.cache_bytes
+        self._blocks: OrderedDict[tuple[Split, int], Future[Tokens]] = OrderedDict()
         self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blocks")
 
     @classmethod
-    def open(cls, location: str | Path, *, cache_bytes: int = CACHE_BYTES) -> Dataset:
-        """Open a dataset; reads its manifest, its index and the names and sizes of its shards.
+    def open(cls, location: str | Path, access: Access | None = None) -> Dataset:
+        """Open a dataset; reads its manifest and the roots of its index, whatever its size.
 
         Args:
             location: folder or URI.
-            cache_bytes: decoded shards kept in memory; the one in use stays whatever its size.
+            access: how to read it.
 
         Raises:
             DataError: there is no dataset, or it is damaged; names the file.
         """
-        storage = Storage.open(location)
-        if not storage.exists(MANIFEST_NAME):
+        access = access or Access()
+        store = Store.open(location, access.storage)
+        try:
+            content = bytes(store.read(MANIFEST_NAME))
+        except MissingObjectError:
             raise DataError(
                 f"{location}: no dataset here (there is no {MANIFEST_NAME}; it is written last). "
                 "Make one with python -m data.prepare."
+            ) from None
+        manifest = Manifest.from_json(content, store.name_of(MANIFEST_NAME))
+        with ThreadPoolExecutor(len(SPLITS)) as pool:
+            contents = list(pool.map(lambda split: bytes(store.read(root_name(split))), SPLITS))
+        roots = {
+            split: Root(content, manifest, split, store.name_of(root_name(split)))
+            for split, content in zip(SPLITS, contents, strict=True)
+        }
+        if identity_of(manifest, contents) != manifest.identity:
+            raise DataError(
+                f"{store.name_of(root_name('train'))}: does not belong to the {MANIFEST_NAME} beside it (identity "
+                f"{manifest.identity[:12]}...). One of the two was changed or copied from elsewhere: copy the dataset "
+                "again or prepare it anew."
             )
-        manifest = Manifest.from_json(storage.read(MANIFEST_NAME), storage.name_of(MANIFEST_NAME))
-        splits = read_index(storage.read(INDEX_NAME), manifest, storage.name_of(INDEX_NAME))
-        for split in SPLITS:
-            _check_stored(storage, split, splits[split])
-        return cls(storage, manifest, splits, cache_bytes)
+        return cls(store, manifest, roots, access)
 
     def __repr__(self) -> str:
         return f"Dataset({self.path}, {self.num_tokens('train')} training tokens)"
@@ -101,7 +138,7 @@ class Dataset:
     @property
     def path(self) -> str:
         """The absolute folder or the URI it can be opened at again, from anywhere."""
-        return self._storage.location
+        return self.store.location
 
     @property
     def identity(self) -> str:
@@ -118,43 +155,100 @@ class Dataset:
         """The token that ends every document."""
         return self.manifest.end_of_text_id
 
+    @property
+    def block_bytes(self) -> int:
+        """Memory of a decoded block."""
+        return self._block_bytes
+
     def num_tokens(self, split: Split) -> int:
         """Tokens of a split."""
-        return int(self._splits[split].first_token[-1])
+        return self._roots[split].totals.num_tokens
 
     def num_documents(self, split: Split) -> int:
         """Documents of a split."""
-        return int(self._splits[split].first_document[-1])
+        return self._roots[split].totals.num_documents
+
+    def num_shards(self, split: Split) -> int:
+        """Shards of a split."""
+        return self._roots[split].totals.num_shards
+
+    def keep(self, num_bytes: int) -> None:
+        """Let decoded blocks take at least so much memory."""
+        self._cache_bytes = max(self._cache_bytes, num_bytes)
+
+    def block(self, split: Split, number: int) -> Tokens:
+        """A decoded block: its tokens and, but for the last of the split, the first token of the next.
+
+        Raises:
+            DataError: its shard is missing or damaged.
+        """
+        self.expect(split, [number])
+        key = (split, number)
+        with self._lock:
+            future = self._blocks.get(key) or self._pool.submit(self._decoded, split, number)
+        try:
+            return future.result()
+        except BaseException:
+            with self._lock:
+                self._blocks.pop(key, None)
+            raise
+
+    def expect(self, split: Split, numbers: Iterable[int]) -> None:
+        """Begin to read blocks that will be asked for; what was asked for longest ago is dropped for them."""
+        most = max(2, self._cache_bytes // self._block_bytes)
+        with self._lock:
+            for number in numbers:
+                key = (split, number)
+                if key in self._blocks:
+                    self._blocks.move_to_end(key)
+                    continue
+                self._blocks[key] = self._pool.submit(self._decoded, split, number)
+                if len(self._blocks) > most:
+                    self._blocks.popitem(last=False)[1].cancel()
 
     def tokens(self, split: Split, start: int, count: int) -> Tokens:
-        """Tokens [start, start + count) of a split's documents one after another, across shards.
+        """Tokens [start, start + count) of a split's documents one after another.
 
         Returns:
-            Read-only view of a decoded shard where they lie in one, else a copy; uint16 or uint32, shape (count,).
+            View of a decoded block where they lie in one, else a copy; uint16 or uint32, shape (count,).
 
         Raises:
             DataError: a shard is missing or damaged.
             IndexError: the range is outside the split.
         """
-        self._check_range(split, start, count)
-        parts = [shard.tokens[low:high] for shard, low, high in self._parts(split, start, count)]
+        if start < 0 or count < 1 or start + count > self.num_tokens(split):
+            raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens(split)} in {split}")
+        size = self.manifest.block_tokens
+        first = start // size
+        # The last token may be the one that a block repeats of the next.
+        last = max(first, (start + count - 2) // size)
+        if last > first:
+            self.expect(split, range(first, last + 1))
+        parts = []
+        for number in range(first, last + 1):
+            low = max(start - number * size, 0)
+            high = start + count - number * size if number == last else size
+            parts.append(self.block(split, number)[low:high])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def document(self, split: Split, number: int) -> TokenDocument:
         """A document of a split.
 
         Raises:
-            DataError: its shard is missing or damaged.
+            DataError: a shard is missing or damaged.
             IndexError: there is no such document.
         """
-        index = self._splits[split]
         if not 0 <= number < self.num_documents(split):
             raise IndexError(f"document {number} of {self.num_documents(split)} in {split}")
-        shard_number = int(np.searchsorted(index.first_document, number, side="right")) - 1
-        shard = self._shard(index.entry(shard_number))
-        row = number - int(index.first_document[shard_number])
-        tokens = shard.tokens[shard.offsets[row] : shard.offsets[row + 1]]
-        return TokenDocument(number, shard.ids[row].as_py(), tokens)
+        first_of_parts = self._roots[split].first_document
+        part_number = int(np.searchsorted(first_of_parts, number, side="right")) - 1
+        part = self.part(split, part_number)
+        inside = number - int(first_of_parts[part_number])
+        shard = int(np.searchsorted(part.first_document, inside, side="right")) - 1
+        table = self.documents(split, part_number * PART_SHARDS + shard)
+        row = table.column("number").to_pylist().index(number)
+        first, count = (int(table.column(name)[row].as_py()) for name in ("first_token", "num_tokens"))
+        return TokenDocument(number, table.column("id")[row].as_py(), self.tokens(split, first, count))
 
     def document_ids(self, split: Split, start: int, count: int) -> list[str]:
         """Names of the documents that tokens [start, start + count) are of, in order.
@@ -163,100 +257,116 @@ class Dataset:
             DataError: a shard is missing or damaged.
             IndexError: the range is outside the split.
         """
-        self._check_range(split, start, count)
-        ids: list[str] = []
-        for shard, low, high in self._parts(split, start, count):
-            first = int(np.searchsorted(shard.offsets, low, side="right")) - 1
-            last = int(np.searchsorted(shard.offsets, high, side="left"))
-            ids += shard.ids[first:last].to_pylist()
-        return ids
+        return list(self._documents_at(split, start, count).values())
 
-    def document_numbers(self, split: Split, start: int, count: int) -> range:
-        """Numbers of the documents that tokens [start, start + count) are of.
+    def document_numbers(self, split: Split, start: int, count: int) -> list[int]:
+        """Numbers of the documents that tokens [start, start + count) are of, in order; raises as `document_ids`."""
+        return list(self._documents_at(split, start, count))
 
-        Raises:
-            DataError: a shard is missing or damaged.
-            IndexError: the range is outside the split.
-        """
-        self._check_range(split, start, count)
-        first, last = (self._document_at(split, token) for token in (start, start + count - 1))
-        return range(first, last + 1)
-
-    def _document_at(self, split: Split, token: int) -> int:
-        index = self._splits[split]
-        number = int(np.searchsorted(index.first_token, token, side="right")) - 1
-        offsets = self._shard(index.entry(number)).offsets
-        row = int(np.searchsorted(offsets, token - int(index.first_token[number]), side="right")) - 1
-        return int(index.first_document[number]) + row
-
-    def _check_range(self, split: Split, start: int, count: int) -> None:
+    def _documents_at(self, split: Split, start: int, count: int) -> dict[int, str]:
         if start < 0 or count < 1 or start + count > self.num_tokens(split):
             raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens(split)} in {split}")
+        size = self.manifest.block_tokens * self.manifest.shard_blocks
+        ids: dict[int, str] = {}
+        for shard in range(start // size, (start + count - 1) // size + 1):
+            for row in self.documents(split, shard).to_pylist():
+                if row["first_token"] < start + count and row["first_token"] + row["num_tokens"] > start:
+                    ids[row["number"]] = row["id"]
+        return {number: ids[number] for number in sorted(ids)}
 
-    def _parts(self, split: Split, start: int, count: int) -> list[tuple[Shard, int, int]]:
-        """The shards a range lies in, each with the range inside it."""
-        index = self._splits[split]
-        parts = []
-        end = start + count
-        number = int(np.searchsorted(index.first_token, start, side="right")) - 1
-        while start < end:
-            first, after = int(index.first_token[number]), int(index.first_token[number + 1])
-            parts.append((self._shard(index.entry(number)), start - first, min(end, after) - first))
-            start = after
-            number += 1
-        return parts
+    def documents(self, split: Split, shard: int) -> pa.Table:
+        """The documents that a shard holds something of: id, source, number, first_token, num_tokens.
 
-    def _shard(self, entry: ShardEntry) -> Shard:
+        Raises:
+            DataError: the table is missing or damaged.
+        """
+        entry = self.part(split, shard // PART_SHARDS).entry(shard % PART_SHARDS)
+        name = documents_name(entry.path)
+        content = bytes(self.store.read(name))
+        if hashlib.sha256(content).digest() != entry.documents_sha256:
+            raise DataError(f"{self.store.name_of(name)}: another sha256 than the index says. Copy it again.")
+        return pq.read_table(pa.BufferReader(content))
+
+    def part(self, split: Split, number: int) -> Part:
+        """A part of the index.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        key = (split, number)
         with self._lock:
-            shard = self._cache.pop(entry.path, None) or self._read(entry)
-            self._cache[entry.path] = shard
-            kept = sum(cached.num_bytes for cached in self._cache.values())
-            while kept > self._cache_bytes and len(self._cache) > 1:
-                kept -= self._cache.popitem(last=False)[1].num_bytes
-        return shard
+            if key in self._parts:
+                self._parts.move_to_end(key)
+                return self._parts[key]
+        name = part_name(split, number)
+        part = Part(bytes(self.store.read(name)), self._roots[split], split, number, self.store.name_of(name))
+        with self._lock:
+            self._parts[key] = part
+            while len(self._parts) > NUM_PARTS:
+                self._parts.popitem(last=False)
+        return part
 
-    def _read(self, entry: ShardEntry) -> Shard:
-        name = self._storage.name_of(entry.path)
-        content = self._storage.read(entry.path)
-        sha256 = hashlib.sha256(content).hexdigest()
-        if sha256 != entry.sha256:
+    def check_stored(self) -> None:
+        """Hold the names and sizes of the shards of each split's first part against what is stored, by one listing.
+
+        Raises:
+            DataError: a shard is missing, has another size or another type of tokens.
+        """
+        for split in SPLITS:
+            if not self.num_shards(split):
+                continue
+            part = self.part(split, 0)
+            sizes = self.store.sizes(f"{split}/shards") if self.num_shards(split) <= PART_SHARDS else {}
+            for shard in range(len(part) if sizes else 1):
+                path = part.path(shard)
+                self._check_shard(path, sizes.get(path) if sizes else self._size_of(path), int(part.num_bytes[shard]))
+            self._check_schema(part.block(0, 0))
+
+    def close(self) -> None:
+        """End the threads that read."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _size_of(self, path: str) -> int | None:
+        try:
+            return self.store.size_of(path)
+        except MissingObjectError:
+            return None
+
+    def _check_shard(self, path: str, stored: int | None, indexed: int) -> None:
+        name = self.store.name_of(path)
+        if stored is None:
+            raise DataError(f"{name}: missing shard. Copy it again or prepare the dataset anew.")
+        if stored != indexed:
             raise DataError(
-                f"{name}: corrupt shard ({len(content)} bytes with sha256 {sha256[:12]}..., the index says "
-                f"{entry.num_bytes} with {entry.sha256[:12]}...). Copy it again, or delete and prepare the dataset."
+                f"{name}: truncated or changed shard ({stored} bytes, the index says {indexed}). "
+                "Copy it again, or delete the dataset and prepare it anew."
             )
-        return _decoded(content, entry, self.manifest.vocab_size, name)
 
+    def _check_schema(self, block: BlockRef) -> None:
+        name = self.store.name_of(block.path)
+        try:
+            header = self.store.read(block.path, 8, block.start - 8)
+            found = pa.ipc.read_schema(pa.py_buffer(header))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
+        if not found.equals(self._schema):
+            raise DataError(f"{name}: a shard of {found}, and the vocabulary needs {self._schema}. Prepare it anew.")
 
-def _check_stored(storage: Storage, split: Split, index: SplitIndex) -> None:
-    """Hold the names and sizes of a split's shards against what is stored, with one listing.
-
-    Raises:
-        DataError: a shard is missing or has another size.
-    """
-    sizes = storage.sizes(split)
-    for number in range(len(index)):
-        entry = index.entry(number)
-        size = sizes.get(entry.path)
-        if size is None:
-            raise DataError(f"{storage.name_of(entry.path)}: missing shard. Copy it again or prepare the dataset anew.")
-        if size != entry.num_bytes:
+    def _decoded(self, split: Split, number: int) -> Tokens:
+        shard, block = divmod(number, self.manifest.shard_blocks)
+        ref = self.part(split, shard // PART_SHARDS).block(shard % PART_SHARDS, block)
+        content = self.reader.read(ref)
+        name = self.store.name_of(ref.path)
+        try:
+            batch = pa.ipc.read_record_batch(pa.py_buffer(content), self._schema)
+            tokens: Tokens = batch.column(0).to_numpy(zero_copy_only=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
+        left = self.num_tokens(split) - number * self.manifest.block_tokens
+        wanted = min(left, self.manifest.block_tokens + 1)
+        if len(tokens) != wanted or int(tokens.max()) >= self.manifest.vocab_size:
             raise DataError(
-                f"{storage.name_of(entry.path)}: truncated or changed shard ({size} bytes, the index says "
-                f"{entry.num_bytes}). Copy it again, or delete the dataset and prepare it anew."
+                f"{name}: block {block} has {len(tokens)} tokens, the largest {tokens.max()}; the index says {wanted}, "
+                f"and tokens are below {self.manifest.vocab_size}. Prepare the dataset anew."
             )
-
-
-def _decoded(content: bytes, entry: ShardEntry, vocab_size: int, name: str) -> Shard:
-    try:
-        table = pq.read_table(pa.BufferReader(content), columns=["id", "tokens"]).combine_chunks()
-        lists, ids = table.column("tokens").chunk(0), table.column("id").chunk(0)
-        offsets = lists.offsets.to_numpy()
-        tokens = lists.values.to_numpy(zero_copy_only=True)
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
-    if len(ids) != entry.num_documents or len(tokens) != entry.num_tokens or int(tokens.max()) >= vocab_size:
-        raise DataError(
-            f"{name}: {len(ids)} documents, {len(tokens)} tokens, the largest {tokens.max()}; the index says "
-            f"{entry.num_documents} and {entry.num_tokens}, and tokens are below {vocab_size}. Prepare it anew."
-        )
-    return Shard(tokens, offsets, ids)
+        return tokens

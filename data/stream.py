@@ -1,95 +1,156 @@
 """The batches of a training stage. Its only state is one integer that the caller keeps: samples consumed.
 
-A sample of a source is a window of `sequence_length + 1` tokens at `index * sequence_length` of the source's training
-documents one after another. Its global id is its position in the stream; source, epoch and index follow from it.
+A sample is a window of `sequence_length + 1` tokens. Its global id is its position in the stream; source, pass over the
+source and place in it follow by arithmetic (`mix.py`, `order.py`), so does every data rank's share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from conf.errors import DataError
+from conf.errors import DataError, UserError
+from conf.schema import RunConfig, ShuffleConfig, TrainingConfig
 from data.batch import Batch
-from data.mix import Mixture
-from data.order import Indices, key_of, permuted
-from data.shards import Dataset
+from data.index import PART_SHARDS
+from data.mix import MixtureSchedule, num_lanes_of
+from data.order import BlockShuffle, Indices, key_of
+from data.shards import Dataset, Tokens
+
+PLANNED_SAMPLES = 4096
+"""Places are worked out for about so many samples at once, which makes the arithmetic cheap."""
+NEAR_PARTS = 16
+"""Parts of the index that a shuffle draws from at a time."""
+WASTE = 0.01
+"""Share of tokens that may be left between the last sample of a run and its end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamSpec:
+    """What a stream is a function of, besides its datasets.
+
+    Attributes:
+        mixtures: first step and source -> weight of each mixture; the first is from step 0.
+        seed: of the shuffles and of the order of sources.
+        sequence_length: tokens of a row.
+        global_batch: rows a step, over all data ranks.
+        micro_batch: rows of a batch.
+        shuffle: how far samples are mixed.
+        max_epochs: source -> passes over it that are allowed; sources not named may be repeated without end.
+        num_steps: that will be taken, for `max_epochs`.
+    """
+
+    mixtures: Sequence[tuple[int, Mapping[str, float]]]
+    seed: int
+    sequence_length: int
+    global_batch: int
+    micro_batch: int
+    shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
+    max_epochs: Mapping[str, float] = field(default_factory=dict)
+    num_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Where a sample comes from: the `index`-th window of a source, in a pass over the source."""
+    """Where a sample comes from: the window of tokens at `first_token` of a source, in a pass over the source."""
 
     id: int
     source: str
     epoch: int
-    index: int
+    first_token: int
+
+
+class _Source:
+    """A source's samples: runs of whole blocks, or the single samples of a source that fits the window."""
+
+    def __init__(self, name: str, dataset: Dataset, spec: StreamSpec, num_lanes: int) -> None:
+        self.name = name
+        self.dataset = dataset
+        length, size = spec.sequence_length, dataset.manifest.block_tokens
+        num_tokens = dataset.num_tokens("train")
+        if num_tokens <= length:
+            raise DataError(
+                f"source '{name}' ({dataset.path}) has {num_tokens} training tokens; one sample of "
+                f"sequence_length={length} takes {length + 1}. Give more text or a shorter sequence_length."
+            )
+        window_blocks = num_lanes * spec.shuffle.window_blocks
+        self.is_whole = num_tokens <= window_blocks * size
+        self.run_blocks = 1 if self.is_whole else _run_blocks(length, size)
+        self.run_tokens = length if self.is_whole else self.run_blocks * size
+        self.shuffle = BlockShuffle(
+            num_runs=(num_tokens - 1) // self.run_tokens,
+            run_samples=self.run_tokens // length,
+            window_runs=1 if self.is_whole else max(1, spec.shuffle.window_blocks // self.run_blocks),
+            num_lanes=num_lanes,
+            near_runs=max(1, NEAR_PARTS * PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
+            stretch_runs=max(1, PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
+            seed=key_of(spec.seed, name),
+        )
+        if self.is_whole:
+            dataset.keep((num_tokens // size + 1) * dataset.block_bytes)
+
+    @property
+    def samples_in_epoch(self) -> int:
+        return self.shuffle.num_runs * self.shuffle.run_samples
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Places of the samples of some steps, rows of one data rank: arrays of shape (steps, rows)."""
+
+    first_step: int
+    sources: Indices
+    first_tokens: Indices
+    needed: list[list[tuple[int, int]]]
+    """For each step the blocks, as (source, block), that no step of the plan before it needs."""
 
 
 class Stream:
-    """Batches by step: pure functions of the configuration and the datasets, whatever was read before."""
+    """Batches by step: pure functions of the specification and the datasets, whatever was read before."""
 
-    def __init__(
-        self,
-        datasets: Mapping[str, Dataset],
-        *,
-        mixture: Mapping[str, float],
-        seed: int,
-        sequence_length: int,
-        global_batch: int,
-        micro_batch: int,
-    ) -> None:
-        """Check that the datasets can serve the mixture.
+    def __init__(self, datasets: Mapping[str, Dataset], spec: StreamSpec) -> None:
+        """Check that the datasets can serve the mixtures.
 
         Args:
             datasets: by source.
-            mixture: source -> weight.
-            seed: of the shuffles and of the order of sources.
-            sequence_length: tokens of a row.
-            global_batch: rows a step, over all data ranks.
-            micro_batch: rows of a batch.
+            spec: what the order is a function of.
 
         Raises:
-            DataError: a source of the mixture is missing or shorter than one sample.
+            DataError: a source of a mixture is missing, shorter than one sample, or would be repeated too often.
+            ValueError: a mixture is impossible.
         """
-        self.seed = seed
-        self.sequence_length = sequence_length
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
-        self._mixture = Mixture.of(mixture, seed)
-        self._datasets: list[Dataset] = []
-        self._num_samples: list[int] = []
-        for name in self._mixture.names:
+        self.spec = spec
+        self.num_lanes = num_lanes_of(spec.global_batch, spec.shuffle.lanes)
+        self._schedule = MixtureSchedule(
+            spec.mixtures, seed=spec.seed, num_lanes=self.num_lanes, global_batch=spec.global_batch
+        )
+        self._sources: list[_Source] = []
+        for name in self._schedule.names:
             if name not in datasets:
                 raise DataError(f"the mixture names source '{name}'; there is: {', '.join(sorted(datasets))}.")
-            num_tokens = datasets[name].num_tokens("train")
-            num_samples = (num_tokens - 1) // sequence_length
-            if num_samples < 1:
-                raise DataError(
-                    f"source '{name}' ({datasets[name].path}) has {num_tokens} training tokens; one sample of "
-                    f"sequence_length={sequence_length} takes {sequence_length + 1}. "
-                    "Give more text or a shorter sequence_length."
-                )
-            self._datasets.append(datasets[name])
-            self._num_samples.append(num_samples)
+            self._sources.append(_Source(name, datasets[name], spec, self.num_lanes))
+        self._plan: tuple[tuple[int, int], _Plan] | None = None
+        self._expected = 0
+        self._check_epochs()
 
     def samples_in_epoch(self, source: str) -> int:
         """Samples of a source before its next pass begins."""
-        return self._num_samples[self._mixture.names.index(source)]
+        return self._sources[self._schedule.names.index(source)].samples_in_epoch
 
     def sample_ids(self, step: int) -> Indices:
         """Global ids of the samples of a step, in order, shape (global_batch,)."""
-        first = step * self.global_batch
-        return np.arange(first, first + self.global_batch, dtype=np.int64)
+        first = step * self.spec.global_batch
+        return np.arange(first, first + self.spec.global_batch, dtype=np.int64)
 
     def samples(self, ids: Indices) -> list[Sample]:
-        """Source, epoch and index of global sample ids."""
-        sources, epochs, indices = self._locate(ids)
-        places = zip(ids.tolist(), sources.tolist(), epochs.tolist(), indices.tolist(), strict=True)
-        return [Sample(number, self._mixture.names[source], epoch, index) for number, source, epoch, index in places]
+        """Source, epoch and place of global sample ids."""
+        sources, epochs, first_tokens = self._locate(ids)
+        places = zip(ids.tolist(), sources.tolist(), epochs.tolist(), first_tokens.tolist(), strict=True)
+        return [Sample(number, self._schedule.names[source], epoch, first) for number, source, epoch, first in places]
 
     def batches(self, step: int, data_rank: int, data_size: int) -> list[Batch]:
         """The micro-batches of a data rank. Those of ranks 0, 1, 2, ... one after another are the global batch.
@@ -98,7 +159,7 @@ class Stream:
             DataError: a shard is missing or damaged.
             ValueError: the global batch cannot be shared by so many data ranks in whole micro-batches.
         """
-        rows, micro = self.global_batch, self.micro_batch
+        rows, micro = self.spec.global_batch, self.spec.micro_batch
         if rows % (data_size * micro):
             raise ValueError(
                 f"global_batch={rows} cannot be shared by {data_size} data ranks in micro-batches of {micro}: "
@@ -107,9 +168,21 @@ class Stream:
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data rank {data_rank} of {data_size}")
         share = rows // data_size
-        ids = self.sample_ids(step)[data_rank * share : (data_rank + 1) * share]
-        windows = self.windows(ids)
+        first = data_rank * share
+        ids = step * rows + np.arange(first, first + share, dtype=np.int64)
+        windows = self.rows(step, first, share)
         return [_batch(windows[row : row + micro], ids[row : row + micro]) for row in range(0, share, micro)]
+
+    def rows(self, step: int, first_row: int, num_rows: int) -> Tokens:
+        """Tokens of some rows of a step as they are stored, shape (num_rows, sequence_length + 1); reads ahead.
+
+        Raises:
+            DataError: a shard is missing or damaged.
+        """
+        plan = self._planned(step, first_row, num_rows)
+        self._read_ahead(plan, step - plan.first_step)
+        place = step - plan.first_step
+        return self._gathered(plan.sources[place], plan.first_tokens[place])
 
     def windows(self, ids: Indices) -> npt.NDArray[np.int64]:
         """Tokens of samples, shape (N, sequence_length + 1).
@@ -117,46 +190,181 @@ class Stream:
         Raises:
             DataError: a shard is missing or damaged.
         """
-        length = self.sequence_length
-        windows = np.empty((len(ids), length + 1), np.int64)
-        sources, _, indices = self._locate(ids)
-        # In order of place, so that each shard is decoded once however small the cache.
-        for row in np.lexsort((indices, sources)):
-            start = int(indices[row]) * length
-            windows[row] = self._datasets[sources[row]].tokens("train", start, length + 1)
-        return windows
+        sources, _, first_tokens = self._locate(ids)
+        return self._gathered(sources, first_tokens).astype(np.int64)
 
     def documents(self, step: int) -> dict[int, list[str]]:
         """Names of the documents each sample of a step shows, by sample id."""
-        ids = self.sample_ids(step)
-        sources, _, indices = self._locate(ids)
-        length = self.sequence_length
+        length = self.spec.sequence_length + 1
+        by_name = {source.name: source.dataset for source in self._sources}
         return {
-            int(number): self._datasets[source].document_ids("train", int(index) * length, length + 1)
-            for number, source, index in zip(ids, sources, indices, strict=True)
+            sample.id: by_name[sample.source].document_ids("train", sample.first_token, length)
+            for sample in self.samples(self.sample_ids(step))
         }
 
+    def blocks(self, step: int) -> list[tuple[str, int]]:
+        """Blocks that a step reads something of, as (source, number)."""
+        sources, _, first_tokens = self._locate(self.sample_ids(step))
+        return [(self._sources[source].name, block) for source, block in self._blocks_of(sources, first_tokens)]
+
+    def counters(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """What was read so far: of storage, and of each tier by name."""
+        readers = [source.dataset.reader for source in self._sources]
+        counters = [source.dataset.store.counters for source in self._sources]
+        storage: dict[str, float] = {
+            "requests": sum(each.requests for each in counters),
+            "bytes": sum(each.bytes_read for each in counters),
+            "retries": sum(each.retries for each in counters),
+            "damaged": sum(reader.num_damaged for reader in readers),
+        }
+        # All sources share the tiers.
+        tiers = {tier.name: tier.counters.as_dict() for tier in readers[0].tiers}
+        return storage, tiers
+
+    def working_set_bytes(self, num_rows: int) -> int:
+        """Memory of the decoded blocks that a rank with so many rows of each step mixes at a time."""
+        lanes = min(self.num_lanes, -(-num_rows * self.num_lanes // self.spec.global_batch) + 1)
+        total = 0
+        for source in self._sources:
+            size = source.dataset.block_bytes
+            num_blocks = source.dataset.num_tokens("train") // source.dataset.manifest.block_tokens + 1
+            total += size * min(num_blocks, lanes * source.shuffle.window_runs * source.run_blocks)
+        return total
+
     def _locate(self, ids: Indices) -> tuple[Indices, Indices, Indices]:
-        """Source (its place in the mixture), epoch and index of each id."""
-        sources, counts = self._mixture.locate(ids)
-        sizes = np.array(self._num_samples, np.int64)[sources]
-        epochs, inside = np.divmod(counts, sizes)
-        indices = np.empty_like(inside)
-        for source, epoch in {(int(source), int(epoch)) for source, epoch in zip(sources, epochs, strict=True)}:
-            rows = (sources == source) & (epochs == epoch)
-            key = self._epoch_key(self._mixture.names[source], epoch)
-            indices[rows] = permuted(inside[rows], self._num_samples[source], key)
-        return sources, epochs, indices
+        """Source (its place in the schedule), epoch and first token of each id."""
+        sources, lanes, counts = self._schedule.locate(ids)
+        epochs, first_tokens = np.empty_like(counts), np.empty_like(counts)
+        for number in np.unique(sources).tolist():
+            source, chosen = self._sources[number], sources == number
+            epochs[chosen], runs, inside = source.shuffle.locate(lanes[chosen], counts[chosen])
+            first_tokens[chosen] = runs * source.run_tokens + inside * self.spec.sequence_length
+        return sources, epochs, first_tokens
 
-    def _epoch_key(self, name: str, epoch: int) -> int:
-        return key_of(self.seed, name, epoch)
+    def _planned(self, step: int, first_row: int, num_rows: int) -> _Plan:
+        """The plan that a step is in."""
+        steps = max(1, PLANNED_SAMPLES // num_rows)
+        key = (first_row, num_rows)
+        if self._plan is not None and self._plan[0] == key:
+            plan = self._plan[1]
+            if plan.first_step <= step < plan.first_step + len(plan.sources):
+                return plan
+        first = np.arange(step, step + steps, dtype=np.int64)[:, None] * self.spec.global_batch
+        ids = first + np.arange(first_row, first_row + num_rows, dtype=np.int64)
+        sources, _, first_tokens = self._locate(ids.reshape(-1))
+        sources, first_tokens = sources.reshape(steps, num_rows), first_tokens.reshape(steps, num_rows)
+        seen: set[tuple[int, int]] = set()
+        needed = []
+        for place in range(steps):
+            fresh = [block for block in self._blocks_of(sources[place], first_tokens[place]) if block not in seen]
+            seen.update(fresh)
+            needed.append(fresh)
+        plan = _Plan(step, sources, first_tokens, needed)
+        for source in self._sources:
+            ahead = self.spec.shuffle.readahead_blocks * source.dataset.block_bytes
+            source.dataset.keep(2 * self.working_set_bytes(num_rows) + ahead)
+        self._plan, self._expected = (key, plan), 0
+        return plan
+
+    def _blocks_of(self, sources: Indices, first_tokens: Indices) -> list[tuple[int, int]]:
+        """Blocks these samples need, as (source, number), each once, in order of first need."""
+        found: dict[tuple[int, int], None] = {}
+        for source, first in zip(sources.tolist(), first_tokens.tolist(), strict=True):
+            size = self._sources[source].dataset.manifest.block_tokens
+            for block in range(first // size, (first + self.spec.sequence_length - 1) // size + 1):
+                found[source, block] = None
+        return list(found)
+
+    def _read_ahead(self, plan: _Plan, place: int) -> None:
+        """Ask for the blocks of this step, and of later ones within the budget."""
+        self._expected = max(self._expected, place)
+        ahead = sum(len(fresh) for fresh in plan.needed[place + 1 : self._expected])
+        while self._expected < len(plan.needed):
+            fresh = plan.needed[self._expected]
+            if self._expected > place:
+                ahead += len(fresh)
+                if ahead > self.spec.shuffle.readahead_blocks:
+                    return
+            for source, block in fresh:
+                self._sources[source].dataset.expect("train", [block])
+            self._expected += 1
+
+    def _gathered(self, sources: Indices, first_tokens: Indices) -> Tokens:
+        length = self.spec.sequence_length + 1
+        dtype = max((source.dataset.manifest.token_type.to_pandas_dtype() for source in self._sources),
+                    key=lambda kind: np.dtype(kind).itemsize)  # fmt: skip
+        windows: Tokens = np.empty((len(sources), length), dtype)
+        held: dict[tuple[int, int], Tokens] = {}
+        for row, (number, first) in enumerate(zip(sources.tolist(), first_tokens.tolist(), strict=True)):
+            dataset = self._sources[number].dataset
+            block, start = divmod(first, dataset.manifest.block_tokens)
+            if start + length - 1 > dataset.manifest.block_tokens:
+                windows[row] = dataset.tokens("train", first, length)
+                continue
+            tokens = held.get((number, block))
+            if tokens is None:
+                tokens = held[number, block] = dataset.block("train", block)
+            windows[row] = tokens[start : start + length]
+        return windows
+
+    def _check_epochs(self) -> None:
+        taken = self._schedule.samples_before(self.spec.num_steps)
+        for source in self._sources:
+            most = self.spec.max_epochs.get(source.name)
+            epochs = taken[source.name] / source.samples_in_epoch
+            if most is not None and epochs > most:
+                raise DataError(
+                    f"source '{source.name}' would be seen {epochs:.2f} times, and max_epochs={most:g} allows fewer. "
+                    "Train on fewer tokens, give it a smaller weight or raise its max_epochs."
+                )
 
 
-def _batch(windows: npt.NDArray[np.int64], ids: Indices) -> Batch:
-    tokens = np.ascontiguousarray(windows[:, :-1])
+def stream_of_stage(config: RunConfig, stage: str, datasets: Mapping[str, Dataset]) -> Stream:
+    """The samples of a training stage. Stages of one run shuffle differently, so none replays another.
+
+    Raises:
+        DataError: a source of the mixture is missing, shorter than one sample, or would be repeated too often.
+        UserError: the stage does not train.
+    """
+    training: TrainingConfig | None = getattr(config.stages.get(stage), "training", None)
+    if training is None:
+        names = [name for name in config.order if hasattr(config.stages[name], "training")]
+        raise UserError(f"stage '{stage}' takes no training steps; those that do: {', '.join(names)}.")
+    limits = {name: source.max_epochs for name, source in config.data.sources.items() if source.max_epochs is not None}
+    spec = StreamSpec(
+        mixtures=mixtures_of(training),
+        seed=key_of(config.seed, stage),
+        sequence_length=training.sequence_length,
+        global_batch=training.global_batch,
+        micro_batch=training.micro_batch,
+        shuffle=config.data.shuffle,
+        max_epochs=limits,
+        num_steps=training.num_steps,
+    )
+    return Stream(datasets, spec)
+
+
+def mixtures_of(training: TrainingConfig) -> list[tuple[int, Mapping[str, float]]]:
+    """The mixtures of a stage, each with its first step."""
+    mixtures: list[tuple[int, Mapping[str, float]]] = [(0, training.mixture)]
+    for change in training.mixture_changes:
+        mixtures.append((math.ceil(change.from_fraction * training.num_steps), change.mixture))
+    return mixtures
+
+
+def _run_blocks(length: int, block_tokens: int) -> int:
+    """Blocks of a run: as few as hold whole samples with little left over."""
+    blocks = -(-length // block_tokens)
+    while blocks * block_tokens % length > WASTE * blocks * block_tokens:
+        blocks += 1
+    return blocks
+
+
+def _batch(windows: Tokens, ids: Indices) -> Batch:
+    tokens = windows[:, :-1].astype(np.int64)
     return Batch(
         tokens_BS=tokens,
-        labels_BS=np.ascontiguousarray(windows[:, 1:]),
+        labels_BS=windows[:, 1:].astype(np.int64),
         loss_mask_BS=np.ones(tokens.shape, np.float32),
         position_ids_BS=np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1)),
         sample_ids_B=ids,

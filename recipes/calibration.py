@@ -12,7 +12,7 @@ from data.batch import Batch
 from data.held_out import held_out_documents
 from data.order import key_of
 from data.shards import Dataset, TokenDocument
-from data.stream import Stream
+from data.stream import Stream, StreamSpec
 from parallel.mesh import Coordinate, Mesh
 from recipes.stage import StageInput
 
@@ -46,12 +46,14 @@ def num_rows(config: CalibrationConfig) -> int:
 def _stream(given: StageInput, config: CalibrationConfig, *, use: str) -> Stream:
     """A stream whose first step is all the text."""
     return Stream(
-        {name: given.datasets[name] for name in config.mixture},
-        mixture=config.mixture,
-        seed=key_of(given.context.config.seed, given.name, use),
-        sequence_length=config.sequence_length,
-        global_batch=num_rows(config),
-        micro_batch=config.micro_batch,
+        given.datasets,
+        StreamSpec(
+            mixtures=[(0, config.mixture)],
+            seed=key_of(given.context.config.seed, given.name, use),
+            sequence_length=config.sequence_length,
+            global_batch=num_rows(config),
+            micro_batch=config.micro_batch,
+        ),
     )
 
 
@@ -63,8 +65,8 @@ def refuse_overlap(config: RunConfig, datasets: Mapping[str, Dataset], stream: S
     """
     judged = {digest_of(document): f"{source}: {document.id}" for source, document in _evaluated(config, datasets)}
     for sample in stream.samples(stream.sample_ids(0)):
-        dataset, length = datasets[sample.source], stream.sequence_length
-        for number in dataset.document_numbers("train", sample.index * length, length + 1):
+        dataset, length = datasets[sample.source], stream.spec.sequence_length
+        for number in dataset.document_numbers("train", sample.first_token, length + 1):
             document = dataset.document("train", number)
             if digest_of(document) in judged:
                 raise DataError(

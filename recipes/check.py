@@ -3,8 +3,8 @@
 A rule is a small function `(config, machine) -> Iterator[Problem]`; all of them are asked, and what they find is raised
 at once. They live in `rules_layout.py` (model, batch and axes), `rules_engine.py` (what a backend offers),
 `rules_experts.py` (mixtures of experts), `rules_stages.py` (stages and what they refer to), `rules_compression.py`
-(pruning and distillation), `rules_place.py` (this machine, its disks and the cluster) and `rules_slurm.py` (what is
-asked of Slurm). Fields on their own are checked when they are decoded.
+(pruning and distillation), `rules_place.py` (this machine, its disks and the cluster), `rules_data.py` (storage, tiers,
+shuffling) and `rules_slurm.py` (what is asked of Slurm). Fields on their own are checked when they are decoded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from conf.errors import ConfigError, Problem
 from conf.schema import RunConfig
 from recipes import (
     rules_compression,
+    rules_data,
     rules_engine,
     rules_experts,
     rules_layout,
@@ -34,6 +35,7 @@ RULES = (
     *rules_experts.RULES,
     *rules_compression.RULES,
     *rules_place.RULES,
+    *rules_data.RULES,
     *rules_slurm.RULES,
 )
 WARNINGS = (
@@ -42,6 +44,7 @@ WARNINGS = (
     *rules_experts.WARNINGS,
     *rules_compression.WARNINGS,
     *rules_place.WARNINGS,
+    *rules_data.WARNINGS,
     *rules_slurm.WARNINGS,
 )
 

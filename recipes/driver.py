@@ -24,9 +24,11 @@ from rich.console import Console
 from conf import load
 from conf.schema import ClusterConfig, RunConfig
 from data.prepare import prepared
+from data.tiers import check_tiers
 from data.tokenizer import tokenizer_file
 from recipes import check
 from recipes.machine import Machine, find_machine
+from recipes.plan_action import make_plan
 from recipes.reopen import reopen
 from recipes.stop import StopRequest, stop_on_signals
 from train import rundir
@@ -48,7 +50,7 @@ Datasets = dict[str, str]
 
 
 def execute(config: RunConfig) -> int:
-    """Run a recipe, or only check it; returns the exit code.
+    """Run a recipe, or only check or plan it; returns the exit code.
 
     Raises:
         UserError: something is wrong that the user can mend; nothing was launched.
@@ -58,6 +60,9 @@ def execute(config: RunConfig) -> int:
         run, config = reopen(config)
     machine = find_machine()
     config = check.resolve(config, machine)
+    if config.action == "plan":
+        make_plan(config, make_console())
+        return 0
     check.check(config, machine)
     if config.action == "check":
         console = make_console()
@@ -255,6 +260,7 @@ def prepare_sources(config: RunConfig) -> Datasets:
     Raises:
         DataError: a source cannot be read or does not fit the tokenizer.
     """
+    check_tiers(config.data.tiers)
     paths = {name: prepared(source, config.data).path for name, source in config.data.sources.items()}
     # Ranks may have another working directory.
     return {name: path if "://" in path else str(Path(path).resolve()) for name, path in paths.items()}

@@ -15,13 +15,14 @@ from conf import load
 from conf.schema import EvaluateStage, RunConfig
 from data.held_out import held_out_batches
 from data.ngram import NGram
+from data.stream import stream_of_stage
 from parallel.engine import make_engine
 from recipes.pretrain import mesh_of
 from recipes.quantise import Quantisation, is_quantised, quantisation_of, run_quantised
 from recipes.rules_compression import present
 from recipes.stage import StageInput, StageOutput, open_datasets
 from train.checkpoint import Checkpoint
-from train.loop import score_documents, stream_of_stage
+from train.loop import score_documents
 from train.metrics import MetricsWriter
 from train.rundir import run_of
 from train.scores import DocumentScores, Estimate
@@ -154,12 +155,13 @@ def seen_by(checkpoint: Path) -> Iterator[npt.NDArray[np.int64]]:
     run = run_of(checkpoint)
     if run is None:
         return
-    config, datasets = load.read(run.config_file), open_datasets(run)
+    config = load.read(run.config_file)
+    datasets = open_datasets(run, config.data)
     last = config.order.index(checkpoint.parents[1].name)
     for name in reversed(config.order[: last + 1]):
         training = getattr(config.stages[name], "training", None)
         if training is not None:
-            stream = stream_of_stage(config.seed, name, training, datasets)
+            stream = stream_of_stage(config, name, datasets)
             for step in range(training.num_steps):
                 yield from stream.windows(stream.sample_ids(step))
     if config.init is not None:

@@ -58,7 +58,7 @@ def train_stage(
             model=model,
             training=training,
             datasets=given.datasets,
-            provenance=provenance_of(given, model, training.mixture, parents),
+            provenance=provenance_of(given, model, training.sources, parents),
             objectives=lesson.objectives,
             teacher_flops_per_token=lesson.flops_per_token,
         )

@@ -15,6 +15,7 @@ from conf.schema import (
     DistillStage,
     EvaluateStage,
     ExportStage,
+    MeshConfig,
     PruneStage,
     QuantiseStage,
     RecoverStage,
@@ -24,14 +25,16 @@ from conf.schema import (
     StageConfig,
     TrainingStage,
 )
+from parallel.plan.divides import divisors
 from parallel.shapes import Grid, shapes_that_hold, size_of, smaller_shapes, student_shape, student_shapes
 from recipes.machine import Machine
-from recipes.rules_layout import divisors, mesh_of, nearest_multiples
-from recipes.rules_place import gpu_bytes, other_layouts, state_bytes, with_mesh
+from recipes.rules_layout import mesh_of, nearest_multiples
+from recipes.rules_place import gpu_of, state_bytes
 from train.quantities import byte_size
 
 # Cut deeper at once, models are hard to recover (Muralidharan et al. 2024).
 DEEPEST_CUT = 0.5
+MOST_TENSOR_RANKS = 8
 
 
 def makes_a_model(stage: StageConfig | None) -> bool:
@@ -311,9 +314,10 @@ def evaluation_has_its_models(config: RunConfig, machine: Machine) -> Iterator[P
 
 def teachers_fit_beside_students(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """The fullest GPU holds the teacher's weights and the student's training state, even before activations."""
-    have = gpu_bytes(config, machine)
-    if not have:
+    gpu = gpu_of(config, machine)
+    if gpu is None:
         return
+    have = int(gpu.memory_bytes)
     for name, stage in stages_of(config):
         if distillation_of(stage) is None or (need := distilling_bytes(config, stage)) <= have:
             continue
@@ -330,6 +334,21 @@ def teachers_fit_beside_students(config: RunConfig, machine: Machine) -> Iterato
             f"{mesh_of(config)} needs at least {byte_size(need)} a GPU for the teacher's weights and the student's "
             f"weights, gradients and Adam, and a GPU has {byte_size(have)}. {fits[0].upper()}{fits[1:]}.",
         )
+
+
+def with_mesh(config: RunConfig, mesh: MeshConfig) -> RunConfig:
+    """The same run with other axes."""
+    return replace(config, engine=replace(config.engine, mesh=mesh))
+
+
+def other_layouts(config: RunConfig) -> Iterator[MeshConfig]:
+    """Axes for the same number of ranks, those with the fewest tensor and pipeline ranks first."""
+    mesh, world_size = config.engine.mesh, mesh_of(config).world_size
+    for tensor in divisors(math.gcd(MOST_TENSOR_RANKS, config.model.num_kv_heads)):
+        for pipeline in divisors(config.model.num_layers):
+            data, rest = divmod(world_size, tensor * pipeline * mesh.context)
+            if data and not rest and data * mesh.context % mesh.expert == 0:
+                yield replace(mesh, tensor=tensor, pipeline=pipeline, data=data, virtual_pipeline=1)
 
 
 def distilling_bytes(config: RunConfig, stage: StageConfig) -> int:

@@ -7,8 +7,9 @@ from math import gcd
 
 from conf.errors import Problem
 from conf.schema import RunConfig
+from parallel.plan.divides import divisors
 from recipes.machine import Machine
-from recipes.rules_layout import divisors, mesh_of, nearest_multiples
+from recipes.rules_layout import mesh_of, nearest_multiples
 
 
 def tokens_have_experts_to_choose(config: RunConfig, machine: Machine) -> Iterator[Problem]:

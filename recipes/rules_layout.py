@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from conf.errors import Problem
 from conf.schema import EvaluateStage, RunConfig, TrainingConfig, TrainingStage
 from parallel.mesh import Mesh
+from parallel.plan.divides import batch_multiple, divisors, pieces_of_sequence
 from recipes.machine import Machine
 
 BUBBLE_WORTH_A_WARNING = 0.25
@@ -25,18 +26,14 @@ def mesh_of(config: RunConfig) -> Mesh:
 def trainings_of(config: RunConfig) -> dict[str, TrainingConfig]:
     """The stages of the order that train: name -> its training."""
     stages = {name: config.stages[name] for name in config.order if name in config.stages}
-    return {name: stage.training for name, stage in stages.items() if isinstance(stage, TrainingStage)}
+    trainings = {name: getattr(stage, "training", None) for name, stage in stages.items()}
+    return {name: training for name, training in trainings.items() if isinstance(training, TrainingConfig)}
 
 
 def nearest_multiples(value: int, size: int) -> str:
     """The multiples of `size` around `value`, in words: `96 or 108`."""
     below = value // size * size
     return f"{below} or {below + size}" if below else str(size)
-
-
-def divisors(value: int) -> list[int]:
-    """All divisors, ascending."""
-    return [size for size in range(1, value + 1) if value % size == 0]
 
 
 def ranks_are_all_used(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -148,10 +145,7 @@ def sequences_fit(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Sequences are within the model's length and can be split over the context and tensor axes."""
     mesh, engine = config.engine.mesh, config.engine
     longest = config.model.max_sequence_length
-    # Causal attention is balanced by giving each context rank one chunk from either end.
-    pieces = 2 * mesh.context if mesh.context > 1 else 1
-    if engine.sequence_parallel:
-        pieces = math.lcm(pieces, mesh.context * mesh.tensor)
+    pieces = pieces_of_sequence(context=mesh.context, tensor=mesh.tensor, sequence_parallel=engine.sequence_parallel)
     for name in config.order:
         match config.stages.get(name):
             case stage if isinstance(stage, TrainingStage):
@@ -176,23 +170,25 @@ def sequences_fit(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 def batches_are_shared_evenly(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
     """Every data rank gets the same number of micro-batches, in whole rounds where the pipeline is interleaved."""
     mesh = mesh_of(config)
-    rounds = mesh.pipeline if config.engine.mesh.virtual_pipeline > 1 else 1
+    virtual = config.engine.mesh.virtual_pipeline
+    rounds = mesh.pipeline if virtual > 1 else 1
     for name, training in trainings_of(config).items():
         batch, micro = training.global_batch, training.micro_batch
+        multiple = batch_multiple(data=mesh.data, micro_batch=micro, pipeline=mesh.pipeline, virtual_pipeline=virtual)
         path = f"stages.{name}.training.global_batch"
         if batch % (mesh.data * micro):
             yield Problem(
                 path,
                 f"{batch} sequences cannot be shared by {mesh.data} data ranks in micro-batches of {micro}; it must "
-                f"be a multiple of {mesh.data * micro * rounds}. "
-                f"Nearest: {nearest_multiples(batch, mesh.data * micro * rounds)}.",
+                f"be a multiple of {multiple}. "
+                f"Nearest: {nearest_multiples(batch, multiple)}.",
             )
         elif batch // (mesh.data * micro) % rounds:
             yield Problem(
                 path,
                 f"{batch} sequences are {batch // (mesh.data * micro)} micro-batches a data rank, and an interleaved "
                 f"pipeline takes them in rounds of {mesh.pipeline}; it must be a multiple of "
-                f"{mesh.data * micro * rounds}. Nearest: {nearest_multiples(batch, mesh.data * micro * rounds)}.",
+                f"{multiple}. Nearest: {nearest_multiples(batch, multiple)}.",
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from collections.abc import Iterator
@@ -13,11 +12,15 @@ from pathlib import Path
 from conf import load
 from conf.errors import CheckpointError, DataError, Problem
 from conf.faults import did_you_mean
-from conf.schema import MeshConfig, ModelConfig, RunConfig
+from conf.schema import ModelConfig, RunConfig
 from data.corpora import is_shipped, shipped
 from data.tokenizer import Tokenizer
+from parallel.plan.hardware import GPUS, Gpu, UnknownGpuError, gpu_named
+from parallel.plan.operations import site_gpu
+from parallel.plan.search import worst_stage
+from recipes import fit
 from recipes.machine import GIB, Machine, existing_parent
-from recipes.rules_layout import divisors, mesh_of, trainings_of
+from recipes.rules_layout import mesh_of, trainings_of
 from train.manifest import MANIFEST, decode_manifest
 from train.quantities import byte_size
 from train.rundir import RunDir, newest_finished
@@ -25,8 +28,6 @@ from train.rundir import RunDir, newest_finished
 CPU_RANK_BYTES = int(0.6 * GIB)
 """What a rank holds on a CPU before there is a model: libraries, gloo, its place in Ray."""
 MOST_RANKS_ON_FEW_CORES = 8
-GPU_BYTES = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}
-MOST_TENSOR_RANKS = 8
 RAY_PORTS = 12
 """What a Ray of one node listens on, without its dashboard."""
 PLACEHOLDER = "YOUR-"
@@ -151,21 +152,41 @@ def device_is_there(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         )
 
 
+def training_fits_in_memory(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """The fullest pipeline stage of every training stage fits its GPU, by the planner's memory model."""
+    gpu = gpu_of(config, machine)
+    if gpu is None:
+        return
+    for name in trainings_of(config):
+        worst = worst_stage(fit.shape_of_stage(config, name), fit.layout_of_stage(config, name))
+        if worst.needed <= gpu.memory_bytes:
+            continue
+        yield Problem("engine.mesh", fit.told_memory(config, name, gpu, worst))
+
+
+def gpu_of(config: RunConfig, machine: Machine) -> Gpu | None:
+    """The GPU that ranks get, with the memory it has; None on a CPU, and where nothing is known of it."""
+    if not uses_gpu(config, machine):
+        return None
+    hardware = config.cluster.hardware
+    is_local = config.cluster.kind == "local"
+    name = machine.gpus[0] if is_local and machine.gpus else hardware.gpu if hardware else config.budget.gpu
+    try:
+        gpu = site_gpu(hardware) if hardware and not machine.gpus else gpu_named(name)
+    except UnknownGpuError:
+        if not is_local or not machine.gpu_memory_bytes:
+            return None
+        gpu = GPUS["H100"]  # only its memory is asked for
+    if is_local and machine.gpus:
+        return replace(gpu, name=f"{name} here", memory_bytes=machine.gpu_memory_bytes)
+    return gpu
+
+
 def state_fits_in_memory(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """Weights, gradients and optimizer fit, even before activations."""
+    """On a CPU: weights, gradients and optimizer fit, even before activations."""
+    if uses_gpu(config, machine) or config.cluster.kind != "local":
+        return
     mesh, need = mesh_of(config), state_bytes(config)
-    if uses_gpu(config, machine):
-        have = gpu_bytes(config, machine)
-        if not have or need <= have:
-            return
-        yield Problem(
-            "engine.mesh",
-            f"{mesh} needs at least {byte_size(need)} a GPU for weights, gradients and Adam, and a GPU has "
-            f"{byte_size(have)}. {_layout_that_fits(config, have)}",
-        )
-        return
-    if config.cluster.kind != "local":
-        return
     total = mesh.world_size * (CPU_RANK_BYTES + need)
     if total > machine.memory_bytes:
         yield Problem(
@@ -175,37 +196,6 @@ def state_fits_in_memory(config: RunConfig, machine: Machine) -> Iterator[Proble
             f"{byte_size(machine.memory_bytes)}. Use fewer ranks or a smaller model"
             + (", or drop scale=full to rehearse." if config.scale == "full" else "."),
         )
-
-
-def gpu_bytes(config: RunConfig, machine: Machine) -> int:
-    """Memory of one GPU the run uses; 0 where there is none or it is not known."""
-    if not uses_gpu(config, machine):
-        return 0
-    return machine.gpu_memory_bytes if config.cluster.kind == "local" else int(GPU_BYTES.get(config.budget.gpu, 0))
-
-
-def with_mesh(config: RunConfig, mesh: MeshConfig) -> RunConfig:
-    """The same run with other axes."""
-    return replace(config, engine=replace(config.engine, mesh=mesh))
-
-
-def other_layouts(config: RunConfig) -> Iterator[MeshConfig]:
-    """Axes for the same number of ranks, those with the fewest tensor and pipeline ranks first."""
-    mesh, world_size = config.engine.mesh, mesh_of(config).world_size
-    for tensor in divisors(math.gcd(MOST_TENSOR_RANKS, config.model.num_kv_heads)):
-        for pipeline in divisors(config.model.num_layers):
-            data, rest = divmod(world_size, tensor * pipeline * mesh.context)
-            if data and not rest and data * mesh.context % mesh.expert == 0:
-                yield replace(mesh, tensor=tensor, pipeline=pipeline, data=data, virtual_pipeline=1)
-
-
-def _layout_that_fits(config: RunConfig, have: int) -> str:
-    world_size = mesh_of(config).world_size
-    for other in other_layouts(config):
-        if (least := state_bytes(with_mesh(config, other))) <= have:
-            layout = f"engine.mesh.tensor={other.tensor} engine.mesh.pipeline={other.pipeline}"
-            return f"{layout} would need {byte_size(least)}, before activations."
-    return f"No layout of {world_size} ranks fits this model; use more GPUs or a smaller one."
 
 
 def directories_can_be_written(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -397,6 +387,7 @@ RULES = (
     ports_are_free,
     ray_train_keeps_no_places,
     device_is_there,
+    training_fits_in_memory,
     state_fits_in_memory,
     directories_can_be_written,
     checkpoints_fit_on_disk,

@@ -83,7 +83,7 @@ def evaluated_models_exist(config: RunConfig, machine: Machine) -> Iterator[Prob
 
 def sources_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Mixtures and evaluations name sources of `data.sources`."""
-    named = {f"stages.{name}.training.mixture": tuple(each.mixture) for name, each in trainings_of(config).items()}
+    named = {f"stages.{name}.training.mixture": each.sources for name, each in trainings_of(config).items()}
     for name in config.order:
         stage = config.stages.get(name)
         if isinstance(stage, EvaluateStage):

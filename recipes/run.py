@@ -35,7 +35,7 @@ from train.worker import RankContext, RankOutcome
 
 def run_stages(context: RankContext) -> RankOutcome:
     """Run every stage that is not done yet; `stopped` as soon as one was asked to stop."""
-    datasets = open_datasets(context.run)
+    datasets = open_datasets(context.run, context.config.data)
     incoming = Path(context.config.init) if context.config.init is not None else None
     for name in context.config.order:
         result = context.run.result(name)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import CheckpointError
-from conf.schema import QuantiseStage, StageConfig
-from data.shards import Dataset
+from conf.schema import DataConfig, QuantiseStage, StageConfig
+from data.archive import Archive
+from data.shards import Access, Dataset
+from data.tiers import open_tiers
 from recipes.rules_compression import is_control
 from train.checkpoint import Checkpoint, Parent
 from train.metrics import MetricsWriter
@@ -96,9 +98,14 @@ def parent_of(checkpoint: Checkpoint) -> Parent:
     return Parent(path=str(checkpoint.path), manifest_sha256=checkpoint.manifest_sha256)
 
 
-def open_datasets(run: RunDir) -> dict[str, Dataset]:
-    """The prepared sources of a run, as its driver wrote them down."""
-    return {name: Dataset.open(path) for name, path in json.loads(run.datasets_file.read_text()).items()}
+def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
+    """The prepared sources of a run, as its driver wrote them down, behind the tiers they share."""
+    tiers = open_tiers(data.tiers)
+    datasets = {}
+    for name, path in json.loads(run.datasets_file.read_text()).items():
+        wait = Archive(path, data.storage).wait if path.startswith("s3://") else None
+        datasets[name] = Dataset.open(path, Access(storage=data.storage, tiers=tiers, on_archived=wait))
+    return datasets
 
 
 def passes_on(stage: StageConfig) -> bool:

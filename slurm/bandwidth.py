@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.node_pair:
         meetings += [pair for each in rounds(nodes) for pair in each if own in pair]
     measured: dict[str, float | None] = {}
-    for number, members in enumerate(meetings):
+    for members in meetings:
         other = next((name for name in members if name != own), own)
         try:
-            measured[other] = _measure(given, members, own, f"{number}-{'-'.join(members)}")
+            measured[other] = _measure(given, members, own)
         except (RuntimeError, TimeoutError, OSError) as error:
             print(f"all-reduce of {' and '.join(members)}: {error}", file=sys.stderr)
             measured[other] = None
@@ -69,13 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(given: argparse.Namespace, members: Sequence[str], own: str, name: str) -> float:
+def _measure(given: argparse.Namespace, members: Sequence[str], own: str) -> float:
     import torch
     import torch.distributed as dist
 
     rank = members.index(own) * given.ranks + given.local_rank
     world_size = len(members) * given.ranks
-    meeting, limit = given.attempt / f"meeting-{name}", timedelta(seconds=given.seconds)
+    meeting, limit = given.attempt / f"meeting-{'-'.join(members)}", timedelta(seconds=given.seconds)
     if rank == 0:
         address = addresses((given.attempt / "nodes").read_text())[own]
         store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)

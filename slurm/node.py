@@ -14,7 +14,6 @@ import argparse
 import os
 import resource
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -32,11 +31,15 @@ READY_SECONDS = 300.0
 OBJECT_STORE_BYTES = 80 * 2**20
 MOST_CHARACTERS = 24
 """Of a directory for Ray: its sockets lie about 75 characters deeper, and the kernel allows 107."""
+STOPPED = 75
+"""Exit code of a run that can be continued, as of the driver."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 ADDRESS = "address"
 """File of an attempt: where Ray listens."""
 DONE = "done"
 """File of an attempt: its driver has ended."""
+UP = "up-"
+"""Files of an attempt, with a node's name after it: it has joined the head's Ray."""
 STOP = "stop"
 """File of an attempt that asks its driver to stop."""
 TERMINATED = "terminated"
@@ -77,47 +80,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def lead(attempt: Path, run: Path, own: str, options: list[str], driver: list[str]) -> int:
     """Ray's head on this node, at address `own`, and the driver beside it; returns the driver's exit code."""
-    directory = Path(tempfile.mkdtemp(prefix="ray-", dir=short_directory()))
     deadline = time.monotonic() + READY_SECONDS
     try:
-        while time.monotonic() < deadline:
-            port = free_port(own)
-            head = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor", f"--temp-dir={directory}"]
-            with running_ray([*head, *options], directory) as ray:
-                if is_up(ray, directory):
-                    publish(attempt / ADDRESS, f"{own}:{port} {directory}")
-                    return _follow([*driver, f"--address={own}:{port}"], attempt, run)
+        with tempfile.TemporaryDirectory(prefix="ray-", dir=short_directory(), ignore_cleanup_errors=True) as name:
+            while time.monotonic() < deadline:
+                port, directory = free_port(own), Path(name)
+                head = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor"]
+                with running_ray([*head, *options], directory) as ray:
+                    if not is_up(ray, directory):
+                        continue
+                    publish(attempt / ADDRESS, f"{own}:{port}")
+                    missing = nodes_without_ray(attempt, ray, deadline)
+                    if STOP in os.listdir(attempt):
+                        return STOPPED
+                    if not missing:
+                        return _follow([*driver, f"--address={own}:{port}"], attempt, run)
+                    print(f"error: Ray did not start on {' '.join(missing)}; logs are in {attempt}", flush=True)
+                    return 1
         print(f"error: Ray's head did not start within {READY_SECONDS:.0f} s; its log is in {attempt}", flush=True)
         return 1
     finally:
         (attempt / DONE).touch()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def serve(attempt: Path, options: list[str]) -> int:
     """A node of the head's Ray, until the driver has ended."""
-    address, name = wait_for_text(attempt / ADDRESS).split()
-    directory = Path(name)
-    directory.mkdir(exist_ok=True)
+    address = wait_for_text(attempt / ADDRESS)
     deadline = time.monotonic() + READY_SECONDS
-    # Ray gives up sooner than a loaded head needs to answer.
-    while time.monotonic() < deadline:
-        with running_ray([f"--address={address}", *options], directory) as ray:
-            while ray.poll() is None and DONE not in os.listdir(attempt):
-                time.sleep(POLL_SECONDS)
-        if DONE in os.listdir(attempt):
-            shutil.rmtree(directory, ignore_errors=True)
-            return 0
-    return 1
+    with tempfile.TemporaryDirectory(prefix="ray-", dir=short_directory(), ignore_cleanup_errors=True) as directory:
+        # Ray gives up sooner than a loaded head needs to answer.
+        while time.monotonic() < deadline and DONE not in os.listdir(attempt):
+            with running_ray([f"--address={address}", *options], Path(directory)) as ray:
+                if is_up(ray, Path(directory)):
+                    (attempt / f"{UP}{os.environ['SLURMD_NODENAME']}").touch()
+                while ray.poll() is None and DONE not in os.listdir(attempt):
+                    time.sleep(POLL_SECONDS)
+    return 0 if DONE in os.listdir(attempt) else 1
+
+
+def nodes_without_ray(attempt: Path, ray: subprocess.Popen[bytes], deadline: float) -> list[str]:
+    """Wait until every other node has joined; returns those that have not by the deadline."""
+    names = [line.split()[0] for line in (attempt / "chosen").read_text().splitlines()][1:]
+    while True:
+        files = set(os.listdir(attempt))
+        missing = [name for name in names if f"{UP}{name}" not in files]
+        if not missing or STOP in files or ray.poll() is not None or time.monotonic() > deadline:
+            return missing
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
 def running_ray(options: Sequence[str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Ray on this node, its files in `directory`; all its processes are gone after the block."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
-    # Its default directory is one for all users of a machine. Its own words go to standard error, so that standard
-    # output is the driver's alone.
-    ray = subprocess.Popen(command, stdout=sys.stderr, env=os.environ | {"RAY_TMPDIR": str(directory)})
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--temp-dir={directory}", *options]
+    # Its own words go to standard error, so that standard output is the driver's alone.
+    ray = subprocess.Popen(command, stdout=sys.stderr)
     try:
         yield ray
     finally:

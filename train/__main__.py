@@ -11,7 +11,7 @@ def main() -> None:
     queues = []
 
     def run(config: RunConfig) -> int:
-        if config.cluster.kind == "slurm" and config.action != "check":
+        if config.cluster.kind == "slurm" and config.action not in ("check", "plan"):
             from recipes.queued import Queue
 
             queues[:] = queues or [Queue()]

@@ -7,17 +7,16 @@ of completed steps; everything else (samples, learning rate) follows from it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import ModelConfig, TrainingConfig
 from data.batch import Batch
 from data.held_out import held_out_batches
-from data.order import key_of
 from data.prefetch import Prefetch
 from data.shards import Dataset
-from data.stream import Stream
+from data.stream import stream_of_stage
 from parallel import device
 from parallel.engine import Engine, Objective, StepResult, TensorSource
 from parallel.loss import CrossEntropy
@@ -75,7 +74,7 @@ class TrainingLoop:
         self.engine = engine
         self.initial = initial
         training = job.training
-        self.stream = stream_of_stage(context.config.seed, job.name, training, job.datasets)
+        self.stream = stream_of_stage(context.config, job.name, job.datasets)
         cross_entropy = CrossEntropy(z_loss=training.z_loss)
         self.objectives = job.objectives or (lambda micro_batches: cross_entropy)
         self.metrics = MetricsWriter(context.run.metrics_file) if context.is_first else None
@@ -96,7 +95,7 @@ class TrainingLoop:
                 data_size=engine.mesh.data,
             )
             for name, dataset in job.datasets.items()
-            if name in training.mixture
+            if name in training.sources
         }
         self.stop_checked = 0.0
         self.stop_seen = False
@@ -190,7 +189,9 @@ class TrainingLoop:
         )
 
     def validate(self, step: int) -> None:
-        """Score the held-out documents of every source in the mixture."""
+        """Score the held-out documents of every source in the mixture, and write down what was read so far."""
+        storage, tiers = self.stream.counters()
+        self.record("reading", step=step, storage=storage, tiers=tiers)
         for source, batches in self.held_out.items():
             scores = score_documents(self.engine, batches)
             loss = scores.loss()
@@ -253,22 +254,6 @@ class TrainingLoop:
         """Tell the user something, on rank 0."""
         if self.metrics is not None:
             self.metrics.write("message", level=level, text=text)
-
-
-def stream_of_stage(seed: int, stage: str, training: TrainingConfig, datasets: Mapping[str, Dataset]) -> Stream:
-    """The samples of a stage. Stages of one run shuffle differently, so a later one does not replay an earlier one.
-
-    Raises:
-        DataError: a source of the mixture is missing or shorter than one sample.
-    """
-    return Stream(
-        {name: datasets[name] for name in training.mixture},
-        mixture=training.mixture,
-        seed=key_of(seed, stage),
-        sequence_length=training.sequence_length,
-        global_batch=training.global_batch,
-        micro_batch=training.micro_batch,
-    )
 
 
 def score_documents(engine: Engine, batches: list[Batch]) -> DocumentScores:

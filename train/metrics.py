@@ -9,6 +9,8 @@ Every record has `kind` and `time` (unix seconds). Written by the driver (D) or 
                        memory_bytes (a rank's peak), metrics {name: mean}
     validation (R)     stage, step, source, loss, standard_error, accuracy, num_tokens
     checkpoint (R)     stage, step, path, num_bytes, seconds_blocked, seconds
+    reading (R)        stage, step, storage {requests, bytes, retries, damaged}, tiers {name: {hits, hit_ratio, bytes,
+                       seconds, damaged, failures}} of rank 0 since the stage began in this attempt
     evaluation (R/D)   stage, model, source, loss, standard_error, accuracy, accuracy_standard_error, num_tokens,
                        num_documents        (model is a stage's name, `init`, or a baseline such as `bigram`)
     comparison (R/D)   stage, model, baseline, source, gain (nats a token, positive is better), standard_error
@@ -220,6 +222,17 @@ class Export(TypedDict):
     num_bytes: int
 
 
+class Reading(TypedDict):
+    """What rank 0 read for training, from storage and from each tier."""
+
+    kind: Literal["reading"]
+    time: NotRequired[float]
+    stage: str
+    step: int
+    storage: Mapping[str, float]
+    tiers: Mapping[str, Mapping[str, float]]
+
+
 class StageEnded(TypedDict):
     """A stage came to its end; one that was stopped or failed has none."""
 
@@ -254,6 +267,7 @@ Record = (
     | Step
     | Validation
     | Checkpoint
+    | Reading
     | Evaluation
     | Comparison
     | Candidate

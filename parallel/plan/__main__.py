@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from parallel.plan.hardware import gpu_named
-from parallel.plan.memory import GIB
+from parallel.plan.memory import GIB, StageMemory
 from parallel.plan.rows import predict_file
 from parallel.plan.search import Task, search, smallest_cluster, why
 from parallel.plan.shapes import PUBLIC_MODELS, public_model
@@ -77,7 +77,7 @@ def print_search(chosen: argparse.Namespace) -> int:
     found = search(task)
     print(f"{found.considered} layouts in {time.perf_counter() - started:.2f} s")
     if not found.front:
-        print(_why_nothing_fits(task, found.leanest_bytes), file=sys.stderr)
+        print(_why_nothing_fits(task, found.leanest), file=sys.stderr)
         return 1
     best = found.front[0]
     for candidate in found.front[:LISTED]:
@@ -90,8 +90,8 @@ def print_search(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _why_nothing_fits(task: Task, leanest_bytes: float | None) -> str:
-    if leanest_bytes is None:
+def _why_nothing_fits(task: Task, leanest: StageMemory | None) -> str:
+    if leanest is None:
         return (
             f"no layout divides {task.num_gpus} GPUs, a batch of {task.global_batch} sequences and the model: the "
             "batch must be a multiple of the data ranks, num_gpus / (tensor x context x pipeline)"
@@ -99,7 +99,7 @@ def _why_nothing_fits(task: Task, leanest_bytes: float | None) -> str:
     smallest = smallest_cluster(task)
     remedy = f"the smallest that fits is {smallest} GPUs" if smallest else "no number of GPUs fits this batch"
     return (
-        f"nothing fits: the leanest layout needs {leanest_bytes / GIB:.1f} GiB of a GPU, and {task.gpu.name} has "
+        f"nothing fits: the leanest layout needs {leanest.needed / GIB:.1f} GiB of a GPU, and {task.gpu.name} has "
         f"{task.gpu.memory_bytes / GIB:.1f}; {remedy}"
     )
 

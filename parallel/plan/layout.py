@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Sharding = Literal["none", "zero1", "zero2", "zero3"]
-Recompute = Literal["none", "selective", "full"]
-Precision = Literal["bf16", "fp8"]
+Recompute = Literal["none", "selective", "mlp", "full"]
+Precision = Literal["fp32", "bf16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +35,15 @@ class Stack:
     """Inputs of fp8 matrix products are kept for the backward pass as fp8."""
     selective_is_by_operation: bool
     """Selective recomputation keeps every other matrix product (torchtitan), not all but core attention (Megatron)."""
+    interleaves: bool = False
+    """Pipeline ranks can hold several chunks of layers."""
     extra_saved: float = 0.0
     """Bytes kept a token and layer beyond what the backward formulas need, over the hidden size."""
     extra_saved_ffn: float = 0.0
     """The same over the feed-forward width."""
+    keeps_projection: bool = False
+    """Values are kept as a view of the fused query-key-value product, rotary angles beside them; context ranks gather
+    the keys and values of the whole sequence instead of passing them round."""
 
 
 MEGATRON = Stack(
@@ -53,7 +58,17 @@ MEGATRON = Stack(
     gradient_bytes=4,
     saves_fp8=True,
     selective_is_by_operation=False,
+    interleaves=True,
 )
+OURS = replace(
+    MEGATRON,
+    name="frontier",
+    logit_bytes=10,  # bf16 logits, their fp32 form, and the difference from the largest
+    keeps_projection=True,
+)
+"""The Megatron engine of this project; `bench/memory.py` measures what it keeps."""
+OURS_ON_DEEPSPEED = replace(OURS, name="frontier on deepspeed", interleaves=False)
+"""The same modules driven by DeepSpeed, gradients accumulated in fp32."""
 TORCHTITAN = Stack(
     name="fsdp2",
     fused=True,
@@ -141,6 +156,11 @@ class Layout:
     def micro_batches(self) -> int:
         """Micro-batches a data rank takes in a step, rounded up."""
         return max(1, -(-self.global_batch // (self.data * self.micro_batch)))
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a weight in computation, and of an activation."""
+        return 4 if self.precision == "fp32" else 2
 
     @property
     def tokens(self) -> float:

@@ -57,6 +57,20 @@ class StageMemory:
         """What the GPU must have."""
         return self.reserved + OUTSIDE_BYTES
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """What `needed` is made of, by name."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "logits": self.logits,
+            "working buffers": self.buffers + WORKSPACE_BYTES,
+            "allocator slack": self.reserved - self.peak,
+            "CUDA and NCCL": OUTSIDE_BYTES,
+        }
+
 
 def memory(shape: Shape, layout: Layout) -> tuple[StageMemory, ...]:
     """Memory of each pipeline stage, first to last."""
@@ -67,26 +81,69 @@ def stage_memory(shape: Shape, layout: Layout, stage: int) -> StageMemory:
     """Memory of one GPU of a pipeline stage."""
     is_last = stage == layout.pipeline - 1
     weights, gradients, optimizer = _states(shape, layout, stage)
-    chunk_layers = layers_of_stage(shape, layout, stage) / layout.virtual_pipeline
-    chunks = chunks_in_flight(layout, stage)
-    activations = chunks * chunk_layers * saved_bytes(shape, layout)
-    if layout.recompute == "full":
-        activations += saved_bytes(shape, layout, recompute="none")
-    if stage == 0:
-        in_flight = min(layout.micro_batches, layout.pipeline)
-        activations += in_flight * layout.tokens * shape.hidden * (3 if shape.dropout else 2) / layout.sequence_split
+    kept = kept_bytes(shape, layout, stage)
     logits = 0.0
     if is_last and not layout.chunked_loss:
-        logits = layout.tokens * shape.vocab / layout.tensor * layout.stack.logit_bytes
+        bytes_each = 12 if layout.precision == "fp32" else layout.stack.logit_bytes
+        logits = layout.tokens * shape.vocab / layout.tensor * bytes_each
+    # The head is done with when the first layer is walked back. In our engine that is measured to the byte; softwares
+    # that prefetch and compile across it were seen to hold both.
+    walked_back = recomputed_bytes(shape, layout) + _backward_bytes(shape, layout)
+    freed = logits + kept.head_norm if layout.stack.keeps_projection else 0.0
     return StageMemory(
         stage=stage,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations,
+        activations=kept.layers + kept.head_norm,
         logits=logits,
-        buffers=_buffers(shape, layout),
+        buffers=_buffers(shape, layout) + max(0.0, walked_back - freed),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes kept for the backward pass when most micro-batches are in flight."""
+
+    layers: float
+    head_norm: float
+    """Input and output of the norm before the head; 0 where there is no head, and in Megatron's own layers, where it is
+    within the error."""
+
+
+def kept_bytes(shape: Shape, layout: Layout, stage: int) -> Kept:
+    """What autograd keeps on one GPU of a stage, logits apart."""
+    per_chunk = layers_of_stage(shape, layout, stage) / layout.virtual_pipeline * saved_bytes(shape, layout)
+    layers = chunks_in_flight(layout, stage) * per_chunk
+    if layout.stack.keeps_projection:
+        is_last = stage == layout.pipeline - 1
+        width = layout.element_bytes * (2 + layout.stack.extra_saved / 4) * shape.hidden
+        return Kept(layers, is_last * layout.tokens * width / layout.sequence_split)
+    if stage == 0:
+        in_flight = min(layout.micro_batches, layout.pipeline)
+        layers += in_flight * layout.tokens * shape.hidden * (3 if shape.dropout else 2) / layout.sequence_split
+    return Kept(layers, 0.0)
+
+
+def recomputed_bytes(shape: Shape, layout: Layout) -> float:
+    """What one layer's second forward pass keeps."""
+    match layout.recompute:
+        case "full":
+            return saved_bytes(shape, layout, recompute="none")
+        case "mlp":
+            return layout.element_bytes / 2 * layout.tokens * _saved_feed_forward(shape, layout) / layout.tensor
+        case _:
+            return 0.0
+
+
+def _backward_bytes(shape: Shape, layout: Layout) -> float:
+    """Gradients on the way through one layer: of the feed-forward layer's inner widths, and of its weights."""
+    if not layout.stack.keeps_projection:
+        return 0.0
+    widths = (3 if shape.gated else 2) * shape.ffn * shape.experts_per_token / layout.tensor
+    widths += 2 * shape.hidden / layout.sequence_split
+    weights = (2 if shape.gated else 1) * shape.ffn * shape.hidden / layout.tensor
+    return layout.element_bytes * (layout.tokens * widths + weights)
 
 
 def chunks_in_flight(layout: Layout, stage: int) -> int:
@@ -121,24 +178,45 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[float, f
 
 def saved_bytes(shape: Shape, layout: Layout, recompute: str | None = None) -> float:
     """Bytes that one layer keeps of one micro-batch on one GPU for its backward pass."""
-    stack, tensor = layout.stack, layout.tensor
+    recompute = recompute or layout.recompute
+    stack, tensor, scale = layout.stack, layout.tensor, layout.element_bytes / 2
     hidden, queries, keys = shape.hidden, shape.query_width, shape.kv_width
     ffn = shape.ffn * shape.experts_per_token
-    if (recompute or layout.recompute) == "full":
-        return 2 * layout.tokens * hidden / layout.sequence_split
-    if (recompute or layout.recompute) == "selective" and stack.selective_is_by_operation:
+    if recompute == "full":
+        return scale * 2 * layout.tokens * hidden / layout.sequence_split
+    if recompute == "selective" and stack.selective_is_by_operation:
         # The layer's input, attention's output, and every other matrix product.
         products = queries + 2 * keys + hidden + (2 if shape.gated else 1) * ffn + hidden
         return layout.tokens * ((2 + stack.extra_saved) * hidden + 2 * queries + products) / tensor
     product_input = 1 if layout.precision == "fp8" and stack.saves_fp8 else 2
     masks = 2 if shape.dropout else 0
     norms = (4 + 2 * product_input + masks + stack.extra_saved) * hidden
-    attention = 2 * (2 * queries + 2 * keys)
-    feed_forward = (4 if shape.gated else 2) * ffn + product_input * ffn + stack.extra_saved_ffn * ffn
+    feed_forward = 0.0 if recompute == "mlp" else _saved_feed_forward(shape, layout)
     scores = 0.0
-    if layout.unfused_attention and (recompute or layout.recompute) == "none":
+    if layout.unfused_attention and recompute == "none":
         scores = 5.0 * shape.heads * layout.sequence
-    return layout.tokens * (norms / layout.sequence_split + (attention + feed_forward + scores) / tensor)
+    split = norms / layout.sequence_split + (_saved_attention(shape, layout) + feed_forward + scores) / tensor
+    whole = 8 * shape.head_dim if stack.keeps_projection else 0
+    return scale * layout.tokens * (split + whole)
+
+
+def _saved_attention(shape: Shape, layout: Layout) -> float:
+    """Bytes a token that attention keeps in 16 bits, over all tensor ranks."""
+    queries, keys = shape.query_width, shape.kv_width
+    if not layout.stack.keeps_projection:
+        return 2 * (2 * queries + 2 * keys)
+    # Sums of exponents are in fp32. Chunks of a context rank's sequence are joined after attention: kept both ways.
+    sums = 4 * shape.heads * 2 / layout.element_bytes
+    if layout.context == 1:
+        return 2 * (3 * queries + 3 * keys) + sums
+    return 2 * (3 * queries + 2 * keys * layout.context) + sums
+
+
+def _saved_feed_forward(shape: Shape, layout: Layout) -> float:
+    """Bytes a token that the feed-forward layer keeps, its input apart, over all tensor ranks."""
+    ffn = shape.ffn * shape.experts_per_token
+    product_input = 1 if layout.precision == "fp8" and layout.stack.saves_fp8 else 2
+    return ((4 if shape.gated else 2) + product_input + layout.stack.extra_saved_ffn) * ffn
 
 
 def _states(shape: Shape, layout: Layout, stage: int) -> tuple[float, float, float]:
@@ -148,8 +226,11 @@ def _states(shape: Shape, layout: Layout, stage: int) -> tuple[float, float, flo
     # Experts are shared by fewer ranks, so that there are fewer to split their optimizer state over.
     sharded = experts / max(1, group // layout.expert) + dense / group
     weight_bytes, gradient_bytes = (2.0, 4.0) if stack.state_bytes == 6 else (stack.state_bytes / 2,) * 2
+    if layout.precision == "fp32":
+        weight_bytes, gradient_bytes = 4.0, 4.0
     fp8_copies = 2.0 * local if layout.precision == "fp8" and stack.saves_fp8 else 0.0
-    optimizer = 0.0 if layout.offload else stack.optimizer_bytes
+    # In fp32 the weights are their own masters.
+    optimizer = 0.0 if layout.offload else 8.0 if layout.precision == "fp32" else stack.optimizer_bytes
     match layout.sharding:
         case "none":
             return weight_bytes * local + fp8_copies, gradient_bytes * local, optimizer * local

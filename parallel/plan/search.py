@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from parallel.plan.divides import batch_multiple, divisors, pieces_of_sequence, tensor_sizes
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import MEGATRON, Layout, Precision, Recompute, Sharding, Stack
 from parallel.plan.memory import GIB, StageMemory, stage_memory
@@ -30,6 +31,7 @@ class Task:
     sequence: int
     precisions: tuple[Precision, ...] = ("bf16",)
     engines: tuple[tuple[Stack, Sharding], ...] = ((MEGATRON, "zero1"),)
+    offload: bool = False
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     recompute: tuple[Recompute, ...] = ("none", "full")
     """Selective recomputation is left out: with fused attention there is nothing of it to recompute in Megatron."""
@@ -64,8 +66,8 @@ class Found:
     considered: int
     refused: Counter[str]
     """Why layouts on the way to the front were refused -> how many."""
-    leanest_bytes: float | None
-    """Least that any layout needs of a GPU; None where no layout divides the GPUs and the batch."""
+    leanest: StageMemory | None
+    """The fullest stage of the layout that needs least of a GPU; None where none divides the GPUs and the batch."""
 
 
 def search(task: Task, refuses: Refusal = lambda layout: None) -> Found:
@@ -73,11 +75,13 @@ def search(task: Task, refuses: Refusal = lambda layout: None) -> Found:
 
     `refuses` is asked only about layouts that would enter the front or be its runner-up, so it may be slow.
     """
-    fitting, considered, leanest = [], 0, None
+    fitting, considered = [], 0
+    leanest: StageMemory | None = None
     for layout in layouts(task):
         considered += 1
         worst = worst_stage(task.shape, layout)
-        leanest = worst.needed if leanest is None else min(leanest, worst.needed)
+        if leanest is None or worst.needed < leanest.needed:
+            leanest = worst
         if worst.needed <= task.gpu.memory_bytes:
             step = step_time(task.shape, layout, task.gpu)
             fitting.append(Candidate(layout=layout, step=step, worst=worst))
@@ -97,7 +101,7 @@ def search(task: Task, refuses: Refusal = lambda layout: None) -> Found:
             runner_up = candidate
         if is_leaner:
             front.append(candidate)
-    return Found(front=tuple(front), runner_up=runner_up, considered=considered, refused=refused, leanest_bytes=leanest)
+    return Found(front=tuple(front), runner_up=runner_up, considered=considered, refused=refused, leanest=leanest)
 
 
 def smallest_cluster(task: Task, refuses: Refusal = lambda layout: None, most: int = 2**15) -> int | None:
@@ -153,22 +157,13 @@ _PART_WORDS = {
 }
 
 
-def divisors(value: int) -> list[int]:
-    """All divisors, ascending."""
-    return [size for size in range(1, value + 1) if value % size == 0]
-
-
 def _meshes(task: Task) -> Iterator[Layout]:
     shape, node = task.shape, task.gpu.gpus_per_node
-    tensors = [
-        size
-        for size in divisors(min(node, task.num_gpus))
-        if not any(sizes % size for sizes in (shape.heads, shape.kv_heads, shape.ffn, shape.vocab))
-    ]
+    tensors = tensor_sizes(shape.heads, shape.kv_heads, shape.ffn, shape.vocab, ranks_per_node=min(node, task.num_gpus))
     pipelines = divisors(shape.layers)
     for tensor in tensors:
         for context in (1, 2, 4, 8, 16):
-            if task.sequence % (2 * context * tensor) and context * tensor > 1:
+            if task.sequence % pieces_of_sequence(context=context, tensor=tensor, sequence_parallel=tensor > 1):
                 continue
             for pipeline in pipelines:
                 data, left = divmod(task.num_gpus, tensor * context * pipeline)
@@ -185,6 +180,7 @@ def _meshes(task: Task) -> Iterator[Layout]:
                         sequence=task.sequence,
                         stack=stack,
                         sharding=sharding,
+                        offload=task.offload,
                         sequence_parallel=tensor > 1,
                     )
 
@@ -195,7 +191,10 @@ def _experts(shape: Shape, data: int) -> Sequence[int]:
 
 def _chunks(shape: Shape, layout: Layout) -> list[int]:
     per_stage = shape.layers // layout.pipeline
-    if layout.pipeline == 1 or layout.micro_batches % layout.pipeline or layout.stack is not MEGATRON:
+    rounds = batch_multiple(
+        data=layout.data, micro_batch=layout.micro_batch, pipeline=layout.pipeline, virtual_pipeline=2
+    )
+    if layout.pipeline == 1 or layout.global_batch % rounds or not layout.stack.interleaves:
         return [1]
     return divisors(per_stage)
 

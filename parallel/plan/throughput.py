@@ -7,7 +7,7 @@ data ranks does not hide, and the optimizer. More of any resource never makes a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parallel.plan.constants import FITTED, Constants
 from parallel.plan.hardware import Gpu
@@ -27,6 +27,8 @@ HOST_BANDWIDTH = 40e9
 """Bytes/s of host memory that one GPU's share of the cores gets (8-12 DDR5 channels a socket, two sockets, 8 GPUs)."""
 PCIE_BANDWIDTH = 50e9
 """Bytes/s between a GPU and the host (PCIe 5.0 x16)."""
+FP32_OVER_BF16 = 1 / 15
+"""Of the rate of matrix products: the CUDA cores', without TF32 (data sheets of A100 and H100)."""
 HIDDEN_UNDER = 0.8
 """Share of a micro-batch's time under which data ranks can exchange."""
 
@@ -114,6 +116,13 @@ class Work:
 
 def step_time(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants = FITTED) -> StepTime:
     """Time of one step of `layout.global_batch` sequences."""
+    if layout.precision == "fp32":
+        forward, backward = gpu.attention_flops
+        gpu = replace(
+            gpu,
+            bf16_gemm_flops=gpu.bf16_gemm_flops * FP32_OVER_BF16,
+            attention_flops=(forward * FP32_OVER_BF16, backward * FP32_OVER_BF16),
+        )
     layer, head = layer_work(shape, layout, gpu, constants), head_work(shape, layout, gpu, constants)
     ends = {0, layout.pipeline // 2, layout.pipeline - 1}
     body = layer.times(max(layers_of_stage(shape, layout, stage) for stage in ends))
@@ -141,34 +150,40 @@ def step_time(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants = FIT
 
 def layer_work(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants) -> Work:
     """One layer, one micro-batch, forward and backward, recomputation included."""
-    fraction = _recomputed_forwards(layout)
+    fraction = _recomputed_forwards(shape, layout)
     return Work(
         matmul=_layer_matmul_seconds(shape, layout, gpu, constants, fraction.matmul),
         attention=_attention_seconds(shape, layout, gpu, constants, fraction.attention),
         elementwise=_layer_elementwise_seconds(shape, layout, gpu, constants, fraction.elementwise),
         launch=constants.layer_seconds * (1 + fraction.elementwise / 3),
-        node_links=_node_seconds(shape, layout, gpu, constants, fraction.matmul),
+        node_links=_node_seconds(shape, layout, gpu, constants, fraction.links),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Recomputed:
+    """Forward passes that are done again."""
+
     matmul: float
     attention: float
     elementwise: float
+    links: float
 
 
-def _recomputed_forwards(layout: Layout) -> _Recomputed:
+def _recomputed_forwards(shape: Shape, layout: Layout) -> _Recomputed:
     match layout.recompute:
         case "none":
-            return _Recomputed(0.0, 0.0, 0.0)
+            return _Recomputed(0.0, 0.0, 0.0, 0.0)
         case "full":
-            return _Recomputed(1.0, 1.0, 1.0)
+            return _Recomputed(1.0, 1.0, 1.0, 1.0)
+        case "mlp":
+            feed_forward = shape.experts_per_token * shape.expert_weights
+            return _Recomputed(feed_forward / (shape.attention_weights + feed_forward), 0.0, 0.3, 0.5)
         case "selective":
             if layout.stack.selective_is_by_operation:
-                return _Recomputed(0.5, 0.0, 1.0)
+                return _Recomputed(0.5, 0.0, 1.0, 0.5)
             # Core attention runs again, also where a fused kernel leaves nothing to be saved by it.
-            return _Recomputed(0.0, 1.0, 0.0)
+            return _Recomputed(0.0, 1.0, 0.0, 0.0)
 
 
 def head_work(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants) -> Work:

@@ -53,7 +53,7 @@ def export_fresh_model(directory: str, *overrides: str) -> Any:
     open_run(run, config)
     run.datasets_file.write_text(json.dumps(prepare_sources(config)))
     run.tokenizer_file.write_bytes((Path(load.CONF).parent / "data/corpora/tokenizer.json").read_bytes())
-    datasets = open_datasets(run)
+    datasets = open_datasets(run, config.data)
     stage, training = config.stages["export"], config.stages["pretrain"].training
 
     groups.enter_mesh(Mesh())

@@ -41,9 +41,9 @@ def tokenizer_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_dataset(tmp_path: Path, tokenizer_path: Path) -> MakeDataset:
-    """Prepares numbered documents: a few hundred tokens each, in several shards a split."""
+    """Prepares numbered documents: a few hundred tokens each, in several blocks a split."""
 
-    def make(name: str = "dataset", num_documents: int = 60, shard_tokens: int = 600) -> Dataset:
+    def make(name: str = "dataset", num_documents: int = 60, block_tokens: int = 600) -> Dataset:
         texts = [
             f"{name} {number} " + f"{number * 7919 % 1000} words " * (1 + number % 9) for number in range(num_documents)
         ]
@@ -53,7 +53,7 @@ def make_dataset(tmp_path: Path, tokenizer_path: Path) -> MakeDataset:
             tmp_path / name,
             Tokenizer.load(tokenizer_path),
             held_out_fraction=0.2,
-            shard_tokens=shard_tokens,
+            block_tokens=block_tokens,
         )
 
     return make

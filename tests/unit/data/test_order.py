@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.order import key_of, permuted
+from data.order import BlockShuffle, key_of, permuted
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 10, 16, 17, 97, 100, 1000, 1023, 1025, 10007])
@@ -59,3 +59,71 @@ def test_other_keys_give_other_permutations() -> None:
 def test_an_index_outside_is_refused(index: int) -> None:
     with pytest.raises(IndexError, match="permutation of 10"):
         permuted(np.array([index]), 10, 0)
+
+
+def shuffle_of(**changes: int) -> BlockShuffle:
+    settings = {"num_runs": 480, "run_samples": 8, "window_runs": 32, "num_lanes": 4, "seed": 9}
+    return BlockShuffle(**{"near_runs": 10**9, "stretch_runs": 10**6, **settings, **changes})
+
+
+def seen(shuffle: BlockShuffle, per_lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Epoch, sample and run of everything all lanes see, shapes (lanes, per_lane)."""
+    lanes = np.repeat(np.arange(shuffle.num_lanes), per_lane)
+    counts = np.tile(np.arange(per_lane), shuffle.num_lanes)
+    epochs, runs, inside = shuffle.locate(lanes, counts)
+    shape = (shuffle.num_lanes, per_lane)
+    return epochs.reshape(shape), (runs * shuffle.run_samples + inside).reshape(shape), runs.reshape(shape)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_runs": 3840, "run_samples": 1, "window_runs": 1},
+        {"near_runs": 100, "stretch_runs": 25},
+        {"num_runs": 470, "near_runs": 100, "stretch_runs": 25, "window_runs": 7, "num_lanes": 5},
+    ],
+    ids=str,
+)
+def test_every_pass_sees_every_sample_once(changes: dict[str, int]) -> None:
+    shuffle = shuffle_of(**changes)
+    num_samples = shuffle.num_runs * shuffle.run_samples
+    epochs, samples, _ = seen(shuffle, 2 * num_samples // shuffle.num_lanes + shuffle.window_runs * shuffle.run_samples)
+    for epoch in (0, 1):
+        assert np.array_equal(np.sort(samples[epochs == epoch]), np.arange(num_samples))
+    assert samples[0, :50].tolist() != samples[1, :50].tolist()
+
+
+def test_a_lane_reads_each_run_within_one_window_and_no_other_lane_reads_it() -> None:
+    shuffle = shuffle_of(window_runs=30)
+    _, _, runs = seen(shuffle, 480 * 8 // 4)
+    window = 30 * 8
+    owners = [set(lane_runs.tolist()) for lane_runs in runs]
+    assert sum(len(owned) for owned in owners) == len(set.union(*owners)) == 480
+    for lane_runs in runs:
+        for start in range(0, len(lane_runs) - window, window):
+            assert len(set(lane_runs[start : start + window].tolist())) == 30
+
+
+def test_neighbours_are_nearly_as_far_apart_as_in_a_uniform_shuffle() -> None:
+    shuffle = shuffle_of(num_runs=4096, num_lanes=1)
+    _, samples, _ = seen(shuffle, 4096 * 8)
+    distance = np.abs(np.diff(samples[0])).mean() / (4096 * 8 / 3)
+    assert 0.95 < distance < 1.03
+
+
+def test_runs_near_one_another_in_time_lie_in_few_stretches() -> None:
+    shuffle = shuffle_of(num_runs=10_000, num_lanes=1, run_samples=1, window_runs=1, near_runs=400, stretch_runs=100)
+    _, samples, _ = seen(shuffle, 10_000)
+    stretches = samples[0].reshape(-1, 400) // 100
+    assert all(len(np.unique(near)) == 4 for near in stretches)
+    firsts = [int(np.sort(np.unique(near))[0]) for near in stretches]
+    assert np.abs(np.diff(firsts)).mean() > 10
+
+
+def test_any_place_can_be_asked_for_alone() -> None:
+    shuffle = shuffle_of(near_runs=100, stretch_runs=25)
+    epochs, samples, _ = seen(shuffle, 2000)
+    for lane, count in ((3, 1999), (0, 0), (2, 777)):
+        epoch, run, inside = shuffle.locate(np.array([lane]), np.array([count]))
+        assert (epoch[0], run[0] * 8 + inside[0]) == (epochs[lane, count], samples[lane, count])

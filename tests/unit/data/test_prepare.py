@@ -11,6 +11,7 @@ from conftest import MakeDataset, write_jsonl, write_tokenizer
 from conf.errors import DataError
 from conf.schema import DataConfig, SourceConfig
 from data import prepare as prepare_module
+from data import writer as writer_module
 from data.index import SPLITS, Split
 from data.prepare import main, prepare, prepared
 from data.shards import Dataset
@@ -32,12 +33,12 @@ def config(tmp_path: Path, tokenizer: Path) -> DataConfig:
 def test_every_document_is_there_once_with_its_text(tmp_path: Path, tokenizer_path: Path) -> None:
     tokenizer = Tokenizer.load(tokenizer_path)
     source = write_jsonl(tmp_path / "in.jsonl", [*TEXTS, *TEXTS[:50], "", " \n"])
-    dataset = prepare([str(source)], tmp_path / "out", tokenizer, held_out_fraction=0.2, shard_tokens=500)
+    dataset = prepare([str(source)], tmp_path / "out", tokenizer, held_out_fraction=0.2, block_tokens=500)
     train, held_out = (texts_of(dataset, split, tokenizer) for split in SPLITS)
     assert not train.keys() & held_out.keys()
     assert train | held_out == {f"doc{number}": text for number, text in enumerate(TEXTS)}
     assert dataset.manifest.num_duplicates == 50
-    assert dataset.manifest.splits["train"].num_shards > 3
+    assert dataset.num_tokens("train") > 3 * dataset.manifest.block_tokens
     assert [record.path for record in dataset.manifest.inputs] == ["in.jsonl"]
 
 
@@ -67,7 +68,7 @@ def test_same_input_same_identity_and_other_input_another(tmp_path: Path, tokeni
     assert len(set(made)) == 3
 
 
-@pytest.mark.parametrize("dies_at", ["index_bytes", "_totals"])
+@pytest.mark.parametrize("dies_at", ["part_bytes", "root_bytes"])
 def test_a_killed_prepare_is_not_mistaken_for_a_dataset(
     tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
 ) -> None:
@@ -76,7 +77,7 @@ def test_a_killed_prepare_is_not_mistaken_for_a_dataset(
 
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, dies_at, die)
+        patch.setattr(writer_module, dies_at, die)
         # What SIGKILL leaves: nothing is cleaned up.
         patch.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):

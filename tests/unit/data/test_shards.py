@@ -10,147 +10,214 @@ import pytest
 from conftest import MakeDataset
 
 from conf.errors import DataError
-from data.index import SPLITS, ShardEntry, identity_of, index_bytes
-from data.shards import Dataset
+from data.index import Manifest, ShardEntry, identity_of, part_bytes, part_name, part_row, root_bytes, root_name
+from data.prepare import prepare
+from data.shards import Access, Dataset
+from data.storage import Store
+from data.tokenizer import Tokenizer
+from data.writer import DatasetFacts, DatasetWriter, block_hashes, shard_bytes
+
+
+def write_dataset(root: Path, num_tokens: int, *, block_tokens: int = 64, shard_blocks: int = 3) -> Dataset:
+    """Random documents of up to 99 tokens, and one held out."""
+    facts = DatasetFacts(
+        tokenizer_sha256="t",
+        vocab_size=1000,
+        end_of_text_id=0,
+        held_out_fraction=0.1,
+        block_tokens=block_tokens,
+        shard_blocks=shard_blocks,
+    )
+    writer = DatasetWriter(Store.open(root), facts)
+    random = np.random.default_rng(1)
+    number = 0
+    while num_tokens > 0:
+        size = min(int(random.integers(1, 99)), num_tokens - 1)
+        writer.add("train", f"doc{number}", "input.txt", random.integers(1, 1000, size))
+        num_tokens -= size + 1
+        number += 1
+    writer.add("held_out", "other", "input.txt", np.arange(1, 20))
+    writer.finish(num_duplicates=0, inputs=[])
+    return Dataset.open(root)
 
 
 def entries_of(dataset: Dataset) -> list[ShardEntry]:
-    return [dataset._splits[split].entry(number) for split in SPLITS for number in range(len(dataset._splits[split]))]
+    part = dataset.part("train", 0)
+    return [part.entry(number) for number in range(len(part))]
 
 
-def rewrite_index(dataset: Dataset, entries: list[ShardEntry]) -> None:
+def rewrite_index(dataset: Dataset, entries: list[ShardEntry], **changes: Any) -> None:
     """An index and a manifest that agree with one another: what an attacker or a faulty tool could write."""
     root = Path(dataset.path)
-    (root / "index.parquet").write_bytes(index_bytes(entries))
-    manifest = json.loads((root / "dataset.json").read_text())
-    manifest["identity"] = identity_of(entries, manifest["tokenizer_sha256"])
-    (root / "dataset.json").write_text(json.dumps(manifest))
+    part = part_bytes(entries)
+    row = {**part_row(entries, part), **changes}
+    (root / part_name("train", 0)).write_bytes(part)
+    (root / root_name("train")).write_bytes(root_bytes([row]))
+    record = json.loads((root / "dataset.json").read_text())
+    record["splits"]["train"] = {name: row[name] for name in record["splits"]["train"]}
+    manifest = Manifest.from_json(json.dumps(record).encode(), "x")
+    record["identity"] = identity_of(manifest, [(root / root_name(split)).read_bytes() for split in manifest.splits])
+    (root / "dataset.json").write_text(json.dumps(record))
 
 
-def test_tokens_across_shards_are_the_documents_one_after_another(make_dataset: MakeDataset) -> None:
-    dataset = make_dataset()
-    assert dataset.manifest.splits["train"].num_shards > 3
-    documents = [dataset.document("train", number).tokens for number in range(dataset.num_documents("train"))]
-    stream = np.concatenate(documents)
-    assert dataset.tokens("train", 0, dataset.num_tokens("train")).tolist() == stream.tolist()
-    for start in range(0, len(stream) - 700, 331):
-        assert dataset.tokens("train", start, 700).tolist() == stream[start : start + 700].tolist()
+def documents_of(dataset: Dataset) -> list[np.ndarray]:
+    return [dataset.document("train", number).tokens for number in range(dataset.num_documents("train"))]
 
 
-def test_a_window_names_the_documents_it_covers(make_dataset: MakeDataset) -> None:
-    dataset = make_dataset()
-    documents = [dataset.document("train", number) for number in range(dataset.num_documents("train"))]
-    owner = np.repeat([document.id for document in documents], [len(document.tokens) for document in documents])
+@pytest.mark.parametrize("num_tokens", [1500, 64 * 6, 64 * 6 + 1, 64, 30])
+def test_tokens_across_blocks_and_shards_are_the_documents_one_after_another(tmp_path: Path, num_tokens: int) -> None:
+    dataset = write_dataset(tmp_path / "set", num_tokens)
+    assert dataset.num_shards("train") == -(-num_tokens // (64 * 3))
+    stream = np.concatenate(documents_of(dataset))
+    assert len(stream) == dataset.num_tokens("train") == num_tokens
+    for start, count in (
+        (0, num_tokens),
+        (0, 1),
+        (num_tokens - 1, 1),
+        *((start, 65) for start in range(0, num_tokens - 65, 16)),
+    ):
+        assert dataset.tokens("train", start, count).tolist() == stream[start : start + count].tolist()
+    dataset.close()
+
+
+def test_a_window_that_ends_with_its_block_needs_no_other(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "set", 1500)
+    (tmp_path / "set/train/shards/00000001.arrow").unlink()
+    assert len(dataset.tokens("train", 64 * 2, 65)) == 65
+    with pytest.raises(DataError, match=r"train/shards/00000001\.arrow: cannot be read"):
+        dataset.tokens("train", 64 * 2, 66)
+
+
+def test_a_window_names_the_documents_it_covers(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "set", 1500)
+    lengths = [len(tokens) for tokens in documents_of(dataset)]
+    owner = np.repeat([f"doc{number}" for number in range(len(lengths))], lengths)
     for start in range(0, len(owner) - 300, 97):
         expected = list(dict.fromkeys(owner[start : start + 300].tolist()))
         assert dataset.document_ids("train", start, 300) == expected
         numbers = dataset.document_numbers("train", start, 300)
         assert [dataset.document("train", number).id for number in numbers] == expected
-    first = len(documents[0].tokens)
-    assert dataset.document_ids("train", 0, first) == [documents[0].id]
-    assert dataset.document_ids("train", first, 1) == [documents[1].id]
+    assert dataset.document_ids("train", 0, lengths[0]) == ["doc0"]
+    assert dataset.document_ids("train", lengths[0], 1) == ["doc1"]
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (0, 0), (0, 10**9), (10**9, 1)])
-def test_a_range_outside_is_refused(make_dataset: MakeDataset, start: int, count: int) -> None:
-    dataset = make_dataset()
-    with pytest.raises(IndexError):
-        dataset.tokens("train", start, count)
+def test_a_range_outside_is_refused(tmp_path: Path, start: int, count: int) -> None:
+    dataset = write_dataset(tmp_path / "set", 100)
+    for read in (dataset.tokens, dataset.document_ids):
+        with pytest.raises(IndexError):
+            read("train", start, count)
     with pytest.raises(IndexError):
         dataset.document("train", start - 1 if start < 0 else 10**9)
 
 
-def test_a_shard_is_read_without_copying_and_the_cache_is_bounded(make_dataset: MakeDataset) -> None:
-    dataset = Dataset.open(make_dataset().path, cache_bytes=1)
-    one, again = dataset.tokens("train", 0, 50), dataset.tokens("train", 20, 50)
+def test_a_block_is_read_without_copying_and_the_cache_is_bounded(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set", 1500)
+    dataset = Dataset.open(tmp_path / "set", Access(cache_bytes=1))
+    one, again = dataset.tokens("train", 0, 50), dataset.tokens("train", 10, 50)
     assert np.shares_memory(one, again)
     assert not one.flags.writeable
     dataset.tokens("train", 0, dataset.num_tokens("train"))
-    assert len(dataset._cache) == 1
+    assert len(dataset._blocks) == 2
 
 
-def test_one_flipped_bit_is_noticed_and_the_shard_named(make_dataset: MakeDataset) -> None:
-    dataset = make_dataset()
-    shard = Path(dataset.path) / "train/000001.parquet"
+def test_one_flipped_bit_is_noticed_and_the_shard_named(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "set", 1500)
+    shard = tmp_path / "set/train/shards/00000001.arrow"
     content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[dataset.part("train", 0).block(1, 1).start + 100] ^= 1
     shard.write_bytes(content)
     damaged = Dataset.open(dataset.path)
-    with pytest.raises(DataError, match=r"train/000001\.parquet: corrupt shard"):
+    assert len(damaged.tokens("train", 0, 64 * 4)) == 64 * 4
+    with pytest.raises(DataError, match=r"train/shards/00000001\.arrow: corrupt shard"):
         damaged.tokens("train", 0, damaged.num_tokens("train"))
 
 
-def test_truncated_and_missing_shards_are_named_when_the_dataset_is_opened(make_dataset: MakeDataset) -> None:
+def test_truncated_and_missing_shards_are_named_before_they_are_needed(make_dataset: MakeDataset) -> None:
     dataset = make_dataset()
-    shard = Path(dataset.path) / "held_out/000000.parquet"
+    dataset.check_stored()
+    shard = Path(dataset.path) / "held_out/shards/00000000.arrow"
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(DataError, match=r"held_out/000000\.parquet: truncated"):
-        Dataset.open(dataset.path)
+    with pytest.raises(DataError, match=r"held_out/shards/00000000\.arrow: truncated"):
+        Dataset.open(dataset.path).check_stored()
     shard.unlink()
-    with pytest.raises(DataError, match=r"held_out/000000\.parquet: missing shard"):
-        Dataset.open(dataset.path)
+    with pytest.raises(DataError, match=r"held_out/shards/00000000\.arrow: missing shard"):
+        Dataset.open(dataset.path).check_stored()
 
 
-def test_a_shard_that_goes_after_opening_is_named(make_dataset: MakeDataset) -> None:
-    dataset = Dataset.open(make_dataset().path)
-    (Path(dataset.path) / "train/000000.parquet").unlink()
-    with pytest.raises(DataError, match=r"train/000000\.parquet: cannot be read"):
-        dataset.tokens("train", 0, 1)
+def test_a_shard_of_another_type_of_tokens_is_refused(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "set", 64 * 3)
+    content, starts = shard_bytes([np.arange(64, dtype=np.uint32)] * 3, np.uint32)
+    (tmp_path / "set/train/shards/00000000.arrow").write_bytes(content)
+    (entry,) = entries_of(dataset)
+    changed = dataclasses.replace(
+        entry, num_bytes=len(content), block_starts=starts, block_hashes=block_hashes(content, starts)
+    )
+    rewrite_index(dataset, [changed])
+    with pytest.raises(DataError, match=r"a shard of tokens: uint32.*needs tokens: uint16"):
+        Dataset.open(dataset.path).check_stored()
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"path": "train/../../secret.parquet"}, "leaves the dataset"),
+        ({"path": "train/shards/../../secret.arrow"}, "leaves the dataset"),
         ({"path": "/etc/passwd"}, "not a plain path"),
-        ({"path": "train\\x.parquet"}, "not a plain path"),
-        ({"path": "held_out/000000.parquet"}, "not a plain path inside the folder 'train'"),
-        ({"split": "other"}, "unknown split"),
-        ({"num_tokens": -5}, "must be at least 1"),
-        ({"num_bytes": 0}, "must be at least 1"),
+        ({"path": "train\\x.arrow"}, "not a plain path"),
+        ({"path": "held_out/shards/00000000.arrow"}, "not of the form train/shards/NAME.arrow"),
+        ({"num_tokens": -5}, "a number that cannot be"),
+        ({"num_bytes": 0}, "cannot be"),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_an_index_that_cannot_be_is_refused(make_dataset: MakeDataset, change: dict[str, Any], says: str) -> None:
-    dataset = make_dataset()
-    first, *rest = entries_of(dataset)
-    rewrite_index(dataset, [dataclasses.replace(first, **change), *rest])
+def test_an_index_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    dataset = write_dataset(tmp_path / "set", 64 * 2)
+    (entry,) = entries_of(dataset)
+    rewrite_index(dataset, [dataclasses.replace(entry, **change)])
     with pytest.raises(DataError, match=says):
-        Dataset.open(dataset.path)
+        Dataset.open(dataset.path).tokens("train", 0, 1)
 
 
-def test_totals_must_agree_and_shards_be_named_once(make_dataset: MakeDataset) -> None:
-    dataset = make_dataset()
+def test_sums_must_agree_and_shards_be_named_once(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "set", 1500)
     entries = entries_of(dataset)
-    rewrite_index(dataset, entries[1:])
-    with pytest.raises(DataError, match=r"dataset\.json says"):
-        Dataset.open(dataset.path)
+    rewrite_index(dataset, entries, num_tokens=1400)
+    with pytest.raises(DataError, match=r"000000\.parquet: Totals.*index\.parquet says"):
+        Dataset.open(dataset.path).tokens("train", 0, 1)
     rewrite_index(dataset, [entries[0], *entries])
     with pytest.raises(DataError, match="names a shard twice"):
-        Dataset.open(dataset.path)
+        Dataset.open(dataset.path).tokens("train", 0, 1)
 
 
-def test_an_index_of_another_dataset_is_refused(make_dataset: MakeDataset) -> None:
-    one, other = make_dataset("one"), make_dataset("other")
-    (Path(one.path) / "index.parquet").write_bytes((Path(other.path) / "index.parquet").read_bytes())
-    with pytest.raises(DataError, match="does not belong"):
-        Dataset.open(one.path)
+def test_an_index_of_another_dataset_is_refused(tmp_path: Path) -> None:
+    one, other = write_dataset(tmp_path / "one", 1500), write_dataset(tmp_path / "other", 1500, block_tokens=32)
+    for name in (part_name("train", 0), root_name("train")):
+        (Path(one.path) / name).write_bytes((Path(other.path) / name).read_bytes())
+        with pytest.raises(DataError, match=r"does not belong|dataset\.json says"):
+            Dataset.open(one.path).tokens("train", 0, 1)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("dataset.json", b"{", "damaged manifest"),
-        ("dataset.json", b'{"format_version": 1}', "damaged manifest"),
+        ("dataset.json", b'{"format_version": 2}', "damaged manifest"),
         ("dataset.json", b'{"format_version": 99}', "format version 99"),
-        ("index.parquet", b"PAR1", "not an index"),
+        ("train/index.parquet", b"PAR1", "not an index"),
     ],
 )
-def test_damaged_files_are_named(make_dataset: MakeDataset, name: str, content: bytes, says: str) -> None:
-    dataset = make_dataset()
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    dataset = write_dataset(tmp_path / "set", 100)
     (Path(dataset.path) / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}.*{says}"):
         Dataset.open(dataset.path)
+
+
+@pytest.mark.parametrize("tokens", [[-1], [1000]])
+def test_tokens_outside_the_vocabulary_are_not_written(tmp_path: Path, tokens: list[int]) -> None:
+    facts = DatasetFacts(tokenizer_sha256="t", vocab_size=1000, end_of_text_id=0, held_out_fraction=0.1)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1000\)"):
+        DatasetWriter(Store.open(tmp_path), facts).add("train", "doc", "file", np.array(tokens))
 
 
 def test_a_dataset_is_read_by_uri_too(make_dataset: MakeDataset) -> None:
@@ -158,5 +225,17 @@ def test_a_dataset_is_read_by_uri_too(make_dataset: MakeDataset) -> None:
     by_uri = Dataset.open(f"file://{dataset.path}")
     assert by_uri.tokens("train", 0, 100).tolist() == dataset.tokens("train", 0, 100).tolist()
     assert by_uri.path == f"file://{dataset.path}"
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match="unknown scheme 'nonsense://'"):
         Dataset.open("nonsense://somewhere")
+
+
+def test_the_same_text_gives_the_same_identity(tmp_path: Path, tokenizer_path: Path) -> None:
+    text = tmp_path / "texts"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"text {number} " * 30)
+    tokenizer = Tokenizer.load(tokenizer_path)
+    one, other = (prepare([str(text)], tmp_path / name, tokenizer, held_out_fraction=0.2) for name in ("a", "b"))
+    assert one.identity == other.identity
+    changed = prepare([str(text)], tmp_path / "c", tokenizer, held_out_fraction=0.2, block_tokens=100)
+    assert changed.identity != one.identity

@@ -72,7 +72,7 @@ def test_smallest_cluster_fits_and_half_of_it_does_not():
 
 def test_nothing_that_divides_has_no_leanest_layout():
     found = search(replace(SMALL, num_gpus=14))
-    assert (found.considered, found.leanest_bytes, found.front) == (0, None, ())
+    assert (found.considered, found.leanest, found.front) == (0, None, ())
 
 
 def test_runner_up_loses_for_a_stated_reason():

@@ -1,5 +1,6 @@
 """Rules about ranks, memory, disks and files: what each refuses, and in which words."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,13 +61,31 @@ def test_full_size_does_not_fit_a_laptop():
     assert_told(changed(full_size(), cluster=composed("business_module").cluster), "engine.mesh", *words)
 
 
-def test_state_fits_a_gpu_and_a_layout_that_would_is_named():
-    config = changed(layout(full_size(), context=2), engine__sequence_parallel=False)
+def test_what_does_not_fit_is_told_by_part_with_three_changes_that_would():
+    config = changed(layout(full_size(), pipeline=4, context=2), engine__sequence_parallel=False)
     message = problems_of(config, BIG_DISK)["engine.mesh"]
-    assert "a GPU has 131.3 GiB" in message
-    named = dict(word.split("=") for word in message.split() if word.startswith("engine.mesh."))
-    sizes = {name.removeprefix("engine.mesh."): int(size) for name, size in named.items()}
-    assert sizes and "engine.mesh" not in problems_of(layout(config, context=2, **sizes), BIG_DISK)
+    assert "H200 has 139.8 GiB" in message and "Pipeline rank 0 is the fullest" in message
+    parts = re.findall(r"(weights|gradients|optimizer|activations|logits|working buffers|slack|NCCL) [\d.]+", message)
+    assert len(parts) == 8
+    changes = re.findall(r"((?:engine|stages)\.[^()]+) \(([\d.]+) GiB\)", message)
+    assert len(changes) == 3
+    for overrides, needed in changes:
+        assert float(needed) < 139.8
+        values = dict(word.split("=") for word in overrides.split())
+        typed = {key.replace(".", "__"): _typed(value) for key, value in values.items()}
+        at = changed(config, engine__mesh__data=None, **typed)
+        assert problems_of(at, BIG_DISK).keys() == {"init"}, overrides  # the sample names none
+
+
+def _typed(text):
+    return {"true": True, "false": False}.get(text, int(text) if text.isdigit() else text)
+
+
+def test_what_no_layout_holds_says_which_cluster_would():
+    config = changed(layout(full_size(), tensor=8), cluster__num_nodes=1)
+    message = problems_of(config, BIG_DISK)["engine.mesh"]
+    found = re.search(r"No layout of 8 H200 holds this model; .* smallest cluster that does has (\d+)", message)
+    assert found and int(found[1]) % 8 == 0 < int(found[1]) - 8
 
 
 def test_least_memory_is_that_of_megatron_with_a_split_optimizer():

@@ -1,0 +1,200 @@
+"""Whether a configuration fits its GPUs by the planner's memory model, and what would.
+
+The checks before launch and the plan both ask here, so that they cannot disagree: a layout is possible where the rules
+of `rules_layout.py` allow it and the fullest pipeline stage needs no more than the GPU has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from conf.schema import RunConfig
+from parallel.plan.configured import layout_of
+from parallel.plan.hardware import Gpu
+from parallel.plan.layout import Layout, Recompute, Sharding
+from parallel.plan.memory import StageMemory
+from parallel.plan.search import Task, search, smallest_cluster, worst_stage
+from parallel.plan.shapes import Shape, shape_of
+from parallel.plan.throughput import step_time
+from recipes import rules_engine, rules_experts, rules_layout
+from recipes.machine import Machine
+from recipes.rules_layout import trainings_of
+from train.quantities import byte_size
+
+NOBODY = Machine(cores=1, memory_bytes=0)
+"""Rules of layouts do not look at the machine."""
+LAYOUT_RULES = (*rules_layout.RULES, *rules_engine.RULES, *rules_experts.RULES)
+"""Those that say which layouts there are."""
+
+
+def shape_of_stage(config: RunConfig, name: str) -> Shape:
+    """The model a stage trains."""
+    return shape_of(config.model)
+
+
+def layout_of_stage(config: RunConfig, name: str) -> Layout:
+    """The layout of a training stage of a resolved configuration."""
+    data = config.engine.mesh.data
+    assert data is not None, "the mesh is resolved first"
+    return layout_of(config.engine, trainings_of(config)[name], data=data)
+
+
+def with_layout(config: RunConfig, name: str, layout: Layout) -> RunConfig:
+    """The same with this layout for everything, and its micro-batch for the stage."""
+    engine = replace(
+        config.engine,
+        mesh=replace(
+            config.engine.mesh,
+            tensor=layout.tensor,
+            context=layout.context,
+            pipeline=layout.pipeline,
+            virtual_pipeline=layout.virtual_pipeline,
+            data=layout.data,
+            expert=layout.expert,
+        ),
+        sequence_parallel=layout.sequence_parallel,
+        zero_stage=_zero_stage(layout),
+        recompute=_recompute(layout),
+    )
+    stage = config.stages[name]
+    training = replace(trainings_of(config)[name], micro_batch=layout.micro_batch)
+    return replace(
+        config,
+        engine=engine,
+        # Whichever of the stages it is, it has a training.
+        stages={**config.stages, name: replace(stage, training=training)},  # type: ignore[arg-type]
+    )
+
+
+def refusal(config: RunConfig, name: str, layout: Layout) -> str | None:
+    """Why the rules refuse a layout, or None."""
+    at = with_layout(config, name, layout)
+    found = (problem for rule in LAYOUT_RULES for problem in rule(at, NOBODY))
+    return next((problem.path for problem in found), None)
+
+
+def _recompute(layout: Layout) -> Literal["none", "selective", "full"]:
+    """The engine's name: its selective recomputation is that of the feed-forward layers."""
+    return "selective" if layout.recompute == "mlp" else layout.recompute
+
+
+def _zero_stage(layout: Layout) -> Literal[0, 1, 2, 3]:
+    stages: dict[Sharding, Literal[0, 1, 2, 3]] = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+    return stages[layout.sharding]
+
+
+def overrides_to(config: RunConfig, name: str, layout: Layout) -> str:
+    """What to type for a layout: the keys that differ."""
+    now, then = layout_of_stage(config, name), layout
+    keys = {
+        "engine.mesh.tensor": (now.tensor, then.tensor),
+        "engine.mesh.context": (now.context, then.context),
+        "engine.mesh.pipeline": (now.pipeline, then.pipeline),
+        "engine.mesh.virtual_pipeline": (now.virtual_pipeline, then.virtual_pipeline),
+        "engine.sequence_parallel": (now.sequence_parallel, then.sequence_parallel),
+        "engine.mesh.expert": (now.expert, then.expert),
+        "engine.zero_stage": (_zero_stage(now), _zero_stage(then)),
+        "engine.recompute": (_recompute(now), _recompute(then)),
+        f"stages.{name}.training.micro_batch": (now.micro_batch, then.micro_batch),
+    }
+    return " ".join(f"{key}={str(new).lower()}" for key, (old, new) in keys.items() if old != new)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """A layout that fits where the configured one does not."""
+
+    overrides: str
+    worst: StageMemory
+    seconds: float
+    """Of a step."""
+
+
+def task_of(config: RunConfig, name: str, gpu: Gpu) -> Task:
+    """The search for a stage: everything but the batch, the sequence, the precision and the software is open."""
+    layout = layout_of_stage(config, name)
+    return Task(
+        shape=shape_of_stage(config, name),
+        gpu=gpu,
+        num_gpus=layout.num_gpus,
+        global_batch=layout.global_batch,
+        sequence=layout.sequence,
+        precisions=(layout.precision,),
+        engines=((layout.stack, layout.sharding if layout.sharding != "none" else "zero1"),),
+        offload=layout.offload,
+        recompute=("none", "mlp", "full"),
+    )
+
+
+def changes_that_fit(config: RunConfig, name: str, gpu: Gpu, most: int = 3) -> list[Change]:
+    """Layouts of the same GPUs that fit: the fastest with one thing changed, then the best of all."""
+    shape, now = shape_of_stage(config, name), layout_of_stage(config, name)
+    found = []
+    for layout in _neighbours(now):
+        if refusal(config, name, layout) is None:
+            worst = worst_stage(shape, layout)
+            if worst.needed <= gpu.memory_bytes:
+                seconds = step_time(shape, layout, gpu).seconds
+                found.append(Change(overrides=overrides_to(config, name, layout), worst=worst, seconds=seconds))
+    found.sort(key=lambda change: change.seconds)
+    if len(found) < most:
+        front = search(task_of(config, name, gpu), lambda layout: refusal(config, name, layout)).front
+        found += [
+            Change(overrides=overrides_to(config, name, each.layout), worst=each.worst, seconds=each.step.seconds)
+            for each in front
+        ]
+    return list({change.overrides: change for change in found}.values())[:most]
+
+
+def _neighbours(layout: Layout) -> Iterator[Layout]:
+    """Layouts with one thing changed, each of which needs less memory."""
+    if layout.sharding == "none":
+        yield replace(layout, sharding="zero1")
+    if layout.micro_batch > 1:
+        yield replace(layout, micro_batch=layout.micro_batch // 2)
+        yield replace(layout, micro_batch=1)
+    recomputes: tuple[Recompute, ...] = ("mlp", "full")
+    for recompute in recomputes:
+        if layout.recompute not in (recompute, "full"):
+            yield replace(layout, recompute=recompute)
+    for factor in (2, 4, 8):
+        data, left = divmod(layout.data, factor)
+        if left == 0:
+            yield replace(layout, tensor=layout.tensor * factor, data=data, sequence_parallel=True)
+            yield replace(layout, pipeline=layout.pipeline * factor, data=data)
+            yield replace(layout, pipeline=layout.pipeline * factor, data=data, virtual_pipeline=1)
+            yield replace(layout, context=layout.context * factor, data=data)
+
+
+def told_memory(config: RunConfig, name: str, gpu: Gpu, worst: StageMemory) -> str:
+    """That a stage does not fit: its memory by part, and three changes that would."""
+    parts = ", ".join(f"{part} {byte_size(size)}" for part, size in worst.parts.items())
+    changes = changes_that_fit(config, name, gpu)
+    told = (f"{change.overrides} ({byte_size(change.worst.needed)})" for change in changes)
+    return (
+        f"{rules_layout.mesh_of(config)} needs {byte_size(worst.needed)} a GPU for '{name}', and {gpu.name} has "
+        f"{byte_size(gpu.memory_bytes)}. Pipeline rank {worst.stage} is the fullest: {parts}. "
+        + (f"These would fit: {'; '.join(told)}." if changes else nothing_fits(config, name, gpu))
+    )
+
+
+def nothing_fits(config: RunConfig, name: str, gpu: Gpu) -> str:
+    """What to do where no layout of these GPUs fits: the smallest cluster that does, or the closest there is."""
+    task = task_of(config, name, gpu)
+    closest = search(task).leanest
+    smallest = smallest_cluster(task)
+    if closest is None:
+        told = (
+            f"No layout divides {task.num_gpus} GPUs, {task.global_batch} sequences a step and the model: sequences "
+            "must be a multiple of the data ranks"
+        )
+    else:
+        told = (
+            f"No layout of {task.num_gpus} {gpu.name} holds this model; the closest needs "
+            f"{byte_size(closest.needed)} a GPU"
+        )
+    if smallest is not None:
+        return f"{told}. The smallest cluster that does has {smallest} of them."
+    return f"{told}, and no larger cluster of them does with {task.global_batch} sequences a step; use another GPU."
