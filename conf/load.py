@@ -346,7 +346,11 @@ def _register_resolvers() -> None:
             raise ValueError(f"{total} cannot be divided by {size} without a rest")
         return total // size
 
+    def controlled(with_controls: object, without: object, *, _root_: DictConfig) -> object:
+        return with_controls if _root_.controls else without
+
     OmegaConf.register_new_resolver("scaled", scaled, replace=True)
+    OmegaConf.register_new_resolver("controlled", controlled, replace=True)
     OmegaConf.register_new_resolver("divide", divide, replace=True)
 
 

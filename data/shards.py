@@ -257,6 +257,13 @@ class Dataset:
             DataError: a shard is missing or damaged.
             IndexError: the range is outside the split.
         """
+        return list(self._documents_at(split, start, count).values())
+
+    def document_numbers(self, split: Split, start: int, count: int) -> list[int]:
+        """Numbers of the documents that tokens [start, start + count) are of, in order; raises as `document_ids`."""
+        return list(self._documents_at(split, start, count))
+
+    def _documents_at(self, split: Split, start: int, count: int) -> dict[int, str]:
         if start < 0 or count < 1 or start + count > self.num_tokens(split):
             raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens(split)} in {split}")
         size = self.manifest.block_tokens * self.manifest.shard_blocks
@@ -265,7 +272,7 @@ class Dataset:
             for row in self.documents(split, shard).to_pylist():
                 if row["first_token"] < start + count and row["first_token"] + row["num_tokens"] > start:
                     ids[row["number"]] = row["id"]
-        return [ids[number] for number in sorted(ids)]
+        return {number: ids[number] for number in sorted(ids)}
 
     def documents(self, split: Split, shard: int) -> pa.Table:
         """The documents that a shard holds something of: id, source, number, first_token, num_tokens.

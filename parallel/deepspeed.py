@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import deepspeed
@@ -71,40 +72,44 @@ class DeepSpeedEngine(MegatronEngine):
         dist.all_reduce(gradient, group=self._tensor_group)
         return gradient
 
-    def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[LossSums]:
+    def _accumulate(self, micro_batches: Sequence[Batch], objectives: Sequence[Objective]) -> list[LossSums]:
         for adam in self._adams:
             adam.zero_gradients()
         self._check_shapes(micro_batches)
         inputs = [inputs_of_rank(batch, self.mesh, self.coordinate, self._device) for batch in micro_batches]
+        questions = [_Question(*pair) for pair in zip(inputs, objectives, strict=True)]
         sums: list[LossSums] = []
 
-        def loss(logits_BSV: Tensor, given: Inputs) -> Tensor:
-            found = objective(logits_BSV, given.labels_BS, given.loss_mask_BS, self._tensor_group)
+        def loss(logits_BSV: Tensor, asked: _Question) -> Tensor:
+            given = asked.inputs
+            found = asked.objective(logits_BSV, given.labels_BS, given.loss_mask_BS, self._tensor_group)
             sums.append(detached(found))
             return found.loss
 
         if self.mesh.pipeline > 1:
-            self._accumulate_in_stages(inputs, loss)
+            self._accumulate_in_stages(questions, loss)
             return sums
         self._trainer.train()
-        for index, given in enumerate(inputs):
-            self._trainer.set_gradient_accumulation_boundary(index == len(inputs) - 1)
-            logits_BSV = self._trainer(given.tokens_BS, given.position_ids_BS, None)
-            self._trainer.backward(loss(logits_BSV, given), scale_wrt_gas=False)
+        for index, asked in enumerate(questions):
+            self._trainer.set_gradient_accumulation_boundary(index == len(questions) - 1)
+            logits_BSV = self._trainer(asked.inputs.tokens_BS, asked.inputs.position_ids_BS, None)
+            self._trainer.backward(loss(logits_BSV, asked), scale_wrt_gas=False)
         return sums
 
-    def _accumulate_in_stages(self, inputs: Sequence[Inputs], loss: Any) -> None:
+    def _accumulate_in_stages(self, questions: Sequence[_Question], loss: Any) -> None:
         trainer = self._trainer
         trainer.module.train()
         trainer.module.loss_fn = loss
         trainer._compute_loss, trainer.total_loss = True, None
-        shape = inputs[0].tokens_BS.shape
+        shape = questions[0].inputs.tokens_BS.shape
         if shape != self._shape_of_stages:
             trainer.reset_activation_shape()
             self._shape_of_stages = shape
-        trainer.set_dataiterator(iter([((given.tokens_BS, given.position_ids_BS), given) for given in inputs]))
+        trainer.set_dataiterator(
+            iter([((asked.inputs.tokens_BS, asked.inputs.position_ids_BS), asked) for asked in questions])
+        )
         schedule = _WithoutUpdate(
-            micro_batches=len(inputs), stages=self.mesh.pipeline, stage_id=self.coordinate.pipeline
+            micro_batches=len(questions), stages=self.mesh.pipeline, stage_id=self.coordinate.pipeline
         )
         trainer._exec_schedule(schedule)
 
@@ -178,6 +183,14 @@ def deepspeed_config(engine: EngineConfig, mesh: Mesh, micro_batch: int, chunk: 
             "pin_memory": torch.cuda.is_available(),
         }
     return config
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What the loss of a micro-batch is made of besides logits; DeepSpeed hands it through as the labels."""
+
+    inputs: Inputs
+    objective: Objective
 
 
 class _Groups:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -20,7 +20,10 @@ from torch.distributed import ProcessGroup
 from conf.errors import UserError
 from conf.schema import EngineConfig, ModelConfig, OptimConfig
 from data.batch import Batch
+from parallel.importance import Importance
 from parallel.mesh import Coordinate, Mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +140,18 @@ class Engine(Protocol):
     """Of the whole model, whatever the layout; tied embeddings count once."""
 
     def step(
-        self, micro_batches: Sequence[Batch], objective: Objective, *, learning_rate: float, stop: bool = False
+        self,
+        micro_batches: Sequence[Batch],
+        objective: Objective | Sequence[Objective],
+        *,
+        learning_rate: float,
+        stop: bool = False,
     ) -> StepResult:
         """Train on this data rank's micro-batches of one global batch.
 
         Args:
             micro_batches: the same number and shape on every data rank; ranks of one data coordinate get equal ones.
-            objective: the loss.
+            objective: the loss, or one for each micro-batch where it knows something about it (a teacher's logits).
             learning_rate: of this step.
             stop: this rank asks everyone to stop; agreed on the step's own all-reduce.
 
@@ -155,6 +163,33 @@ class Engine(Protocol):
 
     def score(self, micro_batches: Sequence[Batch]) -> RowScores:
         """Score held-out rows without training; every data rank gives the same number of equally shaped batches."""
+        ...
+
+    def predict(self, micro_batches: Sequence[Batch], read: Callable[[Tensor, ProcessGroup], T]) -> list[T]:
+        """Forward passes in inference mode, of batches shaped as in `step`.
+
+        Args:
+            micro_batches: of this data rank.
+            read: what to keep of the logits of a micro-batch: called with this tensor rank's slice of the vocabulary
+                (BSV) and its tensor group.
+
+        Returns:
+            On the last pipeline rank what `read` returned for each micro-batch; nothing elsewhere.
+        """
+        ...
+
+    def observe(self, micro_batches: Sequence[Batch]) -> Importance:
+        """How much each part of the model matters for these rows, from activations; forward passes only.
+
+        Every data rank gives the same number of equally shaped batches, and every token counts.
+
+        Raises:
+            FloatingPointError: scores are not finite.
+        """
+        ...
+
+    def round_inputs(self, kept_layers: Collection[int]) -> None:
+        """From now on round what goes into the layers' matrices to INT8, a scale a token, but for `kept_layers`."""
         ...
 
     def weights(self) -> Iterator[Piece]:

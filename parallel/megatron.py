@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from parallel.engine import LossSums, Objective, Piece, RowScores, StepResult, T
 from parallel.experts import METRICS, RouterTotals, routers_of
 from parallel.groups import megatron_coordinate
 from parallel.head import keep_hidden, loss_of_hidden, score_rows
+from parallel.importance import Importance, Observer
 from parallel.inputs import Inputs, inputs_of_rank
 from parallel.linear import SCALING, use_own_products
 from parallel.memory_errors import naming_memory_errors
@@ -33,8 +34,10 @@ from parallel.mesh import Mesh
 from parallel.model import build_chunks, first_layer_of
 from parallel.optimizer import OptimizerShard, ShardedAdam, families_of
 from parallel.outcome import Outcome, begin_reading, result_of
+from parallel.quantisation import round_inputs
 from parallel.state import pieces_of, read_range
 
+T = TypeVar("T")
 MASTER = "master/"
 # At most Megatron's default; at least so many buckets a chunk that a reduction can overlap with computation.
 LARGEST_BUCKET = 40_000_000
@@ -55,6 +58,7 @@ class MegatronEngine:
         self.coordinate = mesh.coordinate(dist.get_rank())
         assert self.coordinate == megatron_coordinate(), "Megatron's groups are of another mesh"
         self.num_parameters = weight_names.num_parameters(model)
+        self._model = model
         self._engine = engine
         self._optim = optim
         self._micro_batch = micro_batch
@@ -144,14 +148,20 @@ class MegatronEngine:
         return weights
 
     def step(
-        self, micro_batches: Sequence[Batch], objective: Objective, *, learning_rate: float, stop: bool = False
+        self,
+        micro_batches: Sequence[Batch],
+        objective: Objective | Sequence[Objective],
+        *,
+        learning_rate: float,
+        stop: bool = False,
     ) -> StepResult:
         """See `Engine.step`."""
         assert self._optim is not None, "an engine without optim only scores"
-        names = objective.metric_names
+        objectives = objective if isinstance(objective, Sequence) else [objective] * len(micro_batches)
+        names = objectives[0].metric_names
         with naming_memory_errors("the forward and backward pass"):
             self._weigh_router_losses(micro_batches)
-            sums = self._accumulate(micro_batches, objective)
+            sums = self._accumulate(micro_batches, objectives)
         with naming_memory_errors("the gradient norm"):
             total = self._sum_over_world(sums, names, stop)
             outcome = Outcome.of(total, clip_grad_norm=self._optim.clip_grad_norm)
@@ -178,7 +188,7 @@ class MegatronEngine:
         dist.all_reduce(total)
         return total
 
-    def _accumulate(self, micro_batches: Sequence[Batch], objective: Objective) -> list[LossSums]:
+    def _accumulate(self, micro_batches: Sequence[Batch], objectives: Sequence[Objective]) -> list[LossSums]:
         """Gradients of the sum over micro-batches, reduced over data ranks; what the objective found, on the last."""
         for model in self._models:
             model.zero_grad_buffer()
@@ -186,7 +196,7 @@ class MegatronEngine:
             weight.grad_added_to_main_grad = True
         for adam in self._adams:
             adam.zero_gradients()
-        return self._run(micro_batches, partial(self._training_loss, objective))
+        return self._run(micro_batches, [partial(self._training_loss, each) for each in objectives])
 
     def _weigh_router_losses(self, micro_batches: Sequence[Batch]) -> None:
         """Router losses are means over micro-batches, and gradients are divided by counted tokens: make up for it."""
@@ -198,22 +208,13 @@ class MegatronEngine:
     @torch.no_grad()
     def score(self, micro_batches: Sequence[Batch]) -> RowScores:
         """See `Engine.score`."""
-        for model in self._models:
-            model.eval()  # no activation recomputation
-        # The interleaved schedule takes multiples of the pipeline size; what is added is dropped again.
-        virtual = self._engine.mesh.virtual_pipeline > 1
-        padding = -len(micro_batches) % self.mesh.pipeline if virtual else 0
-        padded = [*micro_batches, *list(micro_batches[-1:]) * padding]
-        rows: list[Tensor] = self._run(padded, self._row_scores, forward_only=True)
-        for model in self._models:
-            model.train()
-
+        rows: list[Tensor] = self._look(micro_batches, self._row_scores)
         num_rows = len(micro_batches) * self._micro_batch
         table = torch.zeros(self.mesh.data, num_rows, 3, dtype=torch.float64, device=self._device)
         ids = torch.zeros(self.mesh.data, num_rows, dtype=torch.int64, device=self._device)
         mine = self.coordinate.data
         if self._is_last and self.coordinate.tensor == 0:
-            table[mine] = torch.cat(rows)[:num_rows]  # a context rank's part of the sequence
+            table[mine] = torch.cat(rows)  # a context rank's part of the sequence
             if self.coordinate.context == 0:
                 ids[mine] = torch.cat([torch.from_numpy(batch.sample_ids_B) for batch in micro_batches])
         dist.all_reduce(table)
@@ -221,30 +222,75 @@ class MegatronEngine:
         loss_B, correct_B, num_tokens_B = table.view(-1, 3).cpu().unbind(1)
         return RowScores(sample_ids_B=ids.view(-1).cpu(), loss_B=loss_B, correct_B=correct_B, num_tokens_B=num_tokens_B)
 
+    @torch.inference_mode()
+    def predict(self, micro_batches: Sequence[Batch], read: Callable[[Tensor, dist.ProcessGroup], T]) -> list[T]:
+        """See `Engine.predict`."""
+        return self._look(micro_batches, partial(self._reading, read))
+
+    @torch.no_grad()
+    def observe(self, micro_batches: Sequence[Batch]) -> Importance:
+        """See `Engine.observe`."""
+        split = self._engine.sequence_parallel
+        context = parallel_state.get_context_parallel_group()
+        observer = Observer(
+            self._model,
+            self._device,
+            sequence_group=parallel_state.get_tensor_and_context_parallel_group() if split else context,
+            context_group=context,
+            num_micro_batches=len(micro_batches),
+        )
+        with observer.watching(self._chunks, tensor_rank=self.coordinate.tensor):
+            self._look(micro_batches, _nothing)
+        is_first = self.coordinate.context == 0
+        return observer.importance(
+            counts_whole=is_first and self.coordinate.tensor == 0,
+            counts_slices=is_first,
+            num_rows=len(micro_batches) * self._micro_batch * self.mesh.data,
+        )
+
+    def round_inputs(self, kept_layers: Collection[int]) -> None:
+        """See `Engine.round_inputs`."""
+        for _ in round_inputs(self._chunks, self._tensor_group, kept_layers):
+            pass  # the hooks go with the chunks
+
+    def _look(self, micro_batches: Sequence[Batch], loss: Callable[[Inputs, Tensor], Any]) -> list[Any]:
+        """Forward passes only, without activation recomputation; returns as `_run`."""
+        for model in self._models:
+            model.eval()
+        # The interleaved schedule takes multiples of the pipeline size; what is added is dropped again.
+        virtual = self._engine.mesh.virtual_pipeline > 1
+        padding = -len(micro_batches) % self.mesh.pipeline if virtual else 0
+        padded = [*micro_batches, *list(micro_batches[-1:]) * padding]
+        found = self._run(padded, [loss] * len(padded), forward_only=True)
+        for model in self._models:
+            model.train()
+        return found[: len(micro_batches)]
+
     def _run(
         self,
         micro_batches: Sequence[Batch],
-        loss: Callable[[Inputs, Tensor], Any],
+        losses: Sequence[Callable[[Inputs, Tensor], Any]],
         *,
         forward_only: bool = False,
     ) -> list[Any]:
         """Put micro-batches through Megatron's schedule.
 
         Returns:
-            On the last pipeline rank what `loss` returned third for each micro-batch; else nothing.
+            On the last pipeline rank what each loss returned third for its micro-batch; else nothing.
         """
         self._check_shapes(micro_batches)
         inputs = [inputs_of_rank(batch, self.mesh, self.coordinate, self._device) for batch in micro_batches]
+        pairs = list(zip(inputs, losses, strict=True))
         virtual = self._engine.mesh.virtual_pipeline
 
-        def forward(iterator: Iterator[Inputs], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            given = next(iterator)
+        def forward(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            given, loss = next(iterator)
             return model(given.tokens_BS, given.position_ids_BS, None), partial(loss, given)
 
         schedule = get_forward_backward_func(self.mesh.pipeline, virtual if virtual > 1 else None)
         outputs: list[Any] = schedule(
             forward_step_func=forward,
-            data_iterator=[iter(inputs) for _ in range(virtual)],
+            data_iterator=[iter(pairs) for _ in range(virtual)],
             model=self._models,
             num_microbatches=len(inputs),
             seq_length=micro_batches[0].tokens_BS.shape[1],
@@ -263,6 +309,12 @@ class MegatronEngine:
         weight_VD = self._head_weight() if self._keeps_hidden else None
         rows_B3 = score_rows(hidden_BSD, weight_VD, inputs, self._tensor_group)
         return rows_B3[:, 0].sum().float(), rows_B3[:, 2].sum().int(), rows_B3
+
+    def _reading(
+        self, read: Callable[[Tensor, dist.ProcessGroup], Any], inputs: Inputs, hidden_BSD: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        logits_BSV = hidden_BSD @ self._head_weight().t() if self._keeps_hidden else hidden_BSD
+        return _unused(hidden_BSD, read(logits_BSV, self._tensor_group))
 
     def _head_weight(self) -> Tensor:
         chunk = self._chunks[-1]
@@ -364,3 +416,13 @@ def _reduce_gradients(models: Sequence[Any], num_tokens: Tensor | None, **option
 def detached(sums: LossSums) -> LossSums:
     """What is reported: pipeline schedules free the loss they are given, so it has its own hold of the value."""
     return replace(sums, loss=sums.loss.detach())
+
+
+def _nothing(inputs: Inputs, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, None]:
+    return _unused(hidden_BSD, None)
+
+
+def _unused(hidden_BSD: Tensor, found: T) -> tuple[Tensor, Tensor, T]:
+    # Schedules of forward passes want a loss and a count and use neither.
+    nothing = hidden_BSD.new_zeros(())
+    return nothing, nothing.int(), found

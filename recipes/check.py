@@ -3,8 +3,9 @@
 A rule is a small function `(config, machine) -> Iterator[Problem]`; all of them are asked, and what they find is raised
 at once. They live in `rules_layout.py` (model, batch and axes), `rules_engine.py` (what a backend offers),
 `rules_experts.py` (mixtures of experts), `rules_precision.py` (fp8), `rules_stages.py` (stages and what they refer to),
-`rules_place.py` (this machine, its disks and the cluster), `rules_data.py` (storage, tiers, shuffling) and
-`rules_slurm.py` (what is asked of Slurm). Fields on their own are checked when they are decoded.
+`rules_compression.py` (pruning and distillation), `rules_place.py` (this machine, its disks and the cluster),
+`rules_data.py` (storage, tiers, shuffling) and `rules_slurm.py` (what is asked of Slurm). Fields on their own are
+checked when they are decoded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from math import gcd
 from conf.errors import ConfigError, Problem
 from conf.schema import RunConfig
 from recipes import (
+    rules_compression,
     rules_data,
     rules_engine,
     rules_experts,
@@ -34,6 +36,7 @@ RULES = (
     *rules_engine.RULES,
     *rules_experts.RULES,
     *rules_precision.RULES,
+    *rules_compression.RULES,
     *rules_place.RULES,
     *rules_data.RULES,
     *rules_slurm.RULES,
@@ -42,6 +45,7 @@ WARNINGS = (
     *rules_stages.WARNINGS,
     *rules_layout.WARNINGS,
     *rules_experts.WARNINGS,
+    *rules_compression.WARNINGS,
     *rules_place.WARNINGS,
     *rules_data.WARNINGS,
     *rules_slurm.WARNINGS,
@@ -103,7 +107,8 @@ def _data_ranks(config: RunConfig, most: int, least: int, *, whole: bool) -> int
 
     def shares_batches(data: int) -> bool:
         at = replace(config, engine=replace(config.engine, mesh=replace(config.engine.mesh, data=data)))
-        return not any(rules_layout.batches_are_shared_evenly(at))
+        uneven = (rules_layout.batches_are_shared_evenly, rules_compression.calibration_is_shared_evenly)
+        return not any(problem for rule in uneven for problem in rule(at))
 
     return next((data for data in range(most, least, -least) if shares_batches(data)), least)
 

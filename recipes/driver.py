@@ -275,7 +275,7 @@ def world_size_of(config: RunConfig) -> int:
 def closing(run: RunDir, config: RunConfig, status: Status, report: Path) -> dict[str, str]:
     """What a user may want next: label -> path or command."""
     lines = {"run": str(run.path), "report": str(report)}
-    if any(run.export.glob("*.safetensors")):
+    if any(run.export.rglob("*.safetensors")):
         lines["model"] = str(run.export)
     if (run.path / "wandb").exists():
         lines["W&B"] = str(run.path / "wandb")

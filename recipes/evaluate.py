@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,18 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 from conf import load
-from conf.schema import EvaluateStage
+from conf.schema import EvaluateStage, RunConfig
 from data.held_out import held_out_batches
 from data.ngram import NGram
 from data.stream import stream_of_stage
 from parallel.engine import make_engine
 from recipes.pretrain import mesh_of
+from recipes.quantise import Quantisation, is_quantised, quantisation_of, run_quantised
+from recipes.rules_compression import present
 from recipes.stage import StageInput, StageOutput, open_datasets
 from train.checkpoint import Checkpoint
 from train.loop import score_documents
 from train.metrics import MetricsWriter
 from train.rundir import run_of
-from train.scores import DocumentScores
+from train.scores import DocumentScores, Estimate
 
 Scores = dict[tuple[str, str], DocumentScores]
 
@@ -29,17 +33,37 @@ Scores = dict[tuple[str, str], DocumentScores]
 def evaluate(given: StageInput, stage: EvaluateStage) -> StageOutput:
     """Write an `evaluation` record for every model and source, and a `comparison` for every pair that matters."""
     given.announce(stage.kind)
+    stage = without_the_missing(given.context.config, stage)
     scores: Scores = {}
     for name in stage.models:
         scores |= score_model(given, stage, name)
     if given.context.is_first:
         if stage.ngram_order:
-            for name in stage.models:
+            for name in stage.ngram_models:
                 scores |= score_baseline(given, stage, name)
         metrics = MetricsWriter(given.context.run.metrics_file)
         write_evaluations(metrics, given.name, scores)
         write_comparisons(metrics, given.name, stage, scores)
+        write_targets(given, metrics, stage, scores)
     return StageOutput("finished", None)
+
+
+def without_the_missing(config: RunConfig, stage: EvaluateStage) -> EvaluateStage:
+    """The stage without models whose stages are left out of the order."""
+
+    def are_present(*names: str) -> bool:
+        return present(config, names) == names
+
+    comparisons = stage.comparisons
+    if comparisons is not None:
+        comparisons = {model: present(config, names) for model, names in comparisons.items() if are_present(model)}
+    return dataclasses.replace(
+        stage,
+        models=present(config, stage.models),
+        ngram_models=present(config, stage.ngram_models),
+        comparisons=comparisons,
+        targets={name: each for name, each in stage.targets.items() if are_present(each.model, each.baseline)},
+    )
 
 
 def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
@@ -51,7 +75,10 @@ def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
     engine = make_engine(checkpoint.manifest.provenance.model, config, None, mesh, micro_batch=stage.micro_batch)
     try:
         engine.load_weights(checkpoint.weights)
-        return {
+        quantisation = quantisation_of(context.run, name)
+        run_quantised(engine, quantisation)
+        started = time.monotonic()
+        scores = {
             (name, source): score_documents(
                 engine,
                 held_out_batches(
@@ -65,8 +92,30 @@ def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
             )
             for source in stage.sources
         }
+        seconds = time.monotonic() - started
     finally:
         engine.close()
+    if context.is_first:
+        MetricsWriter(context.run.metrics_file).write(
+            "variant",
+            stage=given.name,
+            model=name,
+            num_parameters=checkpoint.manifest.provenance.model.num_parameters,
+            weight_bytes=weight_bytes(checkpoint, quantisation, 2 if config.precision == "bf16" else 4),
+            prefill_tokens_per_second=sum(each.num_tokens for each in scores.values()) / seconds,
+        )
+    return scores
+
+
+def weight_bytes(checkpoint: Checkpoint, quantisation: Quantisation | None, itemsize: int) -> int:
+    """What the weights take as they are exported: rounded matrices a byte an element and a scale a row."""
+    total = 0
+    for name, shape in checkpoint.weights.shapes().items():
+        if quantisation is not None and is_quantised(name, quantisation.kept_layers):
+            total += math.prod(shape) + itemsize * shape[0]
+        else:
+            total += itemsize * math.prod(shape)
+    return total
 
 
 def score_baseline(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
@@ -147,10 +196,14 @@ def write_evaluations(metrics: MetricsWriter, name: str, scores: Scores) -> None
 
 
 def write_comparisons(metrics: MetricsWriter, name: str, stage: EvaluateStage, scores: Scores) -> None:
-    """Every model against each model named before it, and against the n-gram that saw what it saw."""
+    """Every model against those it is compared with, and against the n-gram that saw what it saw."""
     for source in stage.sources:
         for position, model in enumerate(stage.models):
-            for baseline in [*stage.models[:position], baseline_name(stage, model)]:
+            if stage.comparisons is None:
+                baselines = stage.models[:position]
+            else:
+                baselines = stage.comparisons.get(model, ())
+            for baseline in [*baselines, baseline_name(stage, model)]:
                 if (baseline, source) not in scores:
                     continue
                 gain = scores[model, source].gain_over(scores[baseline, source])
@@ -163,3 +216,28 @@ def write_comparisons(metrics: MetricsWriter, name: str, stage: EvaluateStage, s
                     gain=gain.mean,
                     standard_error=gain.standard_error,
                 )
+
+
+def write_targets(given: StageInput, metrics: MetricsWriter, stage: EvaluateStage, scores: Scores) -> None:
+    """What was promised beside what was reached, with its error."""
+    for name, target in stage.targets.items():
+        if target.quantity == "size":
+            sizes = [given.open_model(model).manifest.provenance.model for model in (target.model, target.baseline)]
+            value = Estimate(sizes[0].num_parameters / sizes[1].num_parameters, 0.0)
+        else:
+            value = scores[target.model, target.source].accuracy_over(scores[target.baseline, target.source])
+        least, most = target.at_least, target.at_most
+        limit = least if least is not None else most
+        assert limit is not None, "a target has a limit (recipes/rules_compression.py)"
+        metrics.write(
+            "target",
+            stage=given.name,
+            name=name,
+            model=target.model,
+            baseline=target.baseline,
+            source="" if target.quantity == "size" else target.source,
+            value=value.mean,
+            standard_error=value.standard_error,
+            limit=limit,
+            met=value.mean >= limit if least is not None else value.mean <= limit,
+        )

@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.schema import ExportStage, ModelConfig
+from recipes.compressed_tensors import compressed_tensors, mark_quantised
 from recipes.model_card import model_card
+from recipes.quantise import Quantisation, quantisation_of
+from recipes.rules_compression import present
 from recipes.stage import StageInput, StageOutput
 from train.checkpoint import Checkpoint
 from train.metrics import MetricsWriter
@@ -24,27 +27,45 @@ FILE_BYTES = 5 * 2**30
 
 
 def export(given: StageInput, stage: ExportStage) -> StageOutput:
-    """Write the directory; files are shared out over the ranks, and no rank holds more than one file's tensors."""
+    """Write a directory for each model."""
     given.announce(stage.kind)
+    root = given.context.run.export
+    models = present(given.context.config, stage.models)
+    if not models:
+        write_model(given, stage, given.open_incoming(), root)
+    for name in models:
+        quantisation = quantisation_of(given.context.run, name)
+        write_model(given, stage, given.open_model(name), root / name, quantisation)
+    return StageOutput("finished", None)
+
+
+def write_model(
+    given: StageInput,
+    stage: ExportStage,
+    checkpoint: Checkpoint,
+    directory: Path,
+    quantisation: Quantisation | None = None,
+) -> None:
+    """Write one; files are shared out over the ranks, and no rank holds more than one file's tensors."""
     context = given.context
-    checkpoint = given.open_incoming()
-    directory = context.run.export
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     files = plan_files(checkpoint, DTYPES[stage.precision].itemsize)
     for index, (file, names) in enumerate(files.items()):
         if index % context.place.world_size == context.place.rank:
-            tensors = {name: whole_tensor(checkpoint, name).to(DTYPES[stage.precision]) for name in names}
+            whole = {name: whole_tensor(checkpoint, name).to(DTYPES[stage.precision]) for name in names}
+            tensors = whole if quantisation is None else compressed_tensors(whole, quantisation)
             save_file(tensors, directory / file, metadata={"format": "pt"})
     dist.barrier()
     if context.is_first:
-        write_companions(given, checkpoint, files, DTYPES[stage.precision])
+        write_companions(given, checkpoint, directory, files, DTYPES[stage.precision])
+        if quantisation is not None:
+            mark_quantised(directory, quantisation, checkpoint.manifest.provenance.model.num_layers)
         MetricsWriter(context.run.metrics_file).write(
             "export",
             stage=given.name,
             path=str(directory),
-            num_bytes=sum(file.stat().st_size for file in directory.iterdir()),
+            num_bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
         )
-    return StageOutput("finished", None)
 
 
 def plan_files(checkpoint: Checkpoint, itemsize: int) -> dict[str, list[str]]:
@@ -70,10 +91,9 @@ def whole_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def write_companions(
-    given: StageInput, checkpoint: Checkpoint, files: dict[str, list[str]], dtype: torch.dtype
+    given: StageInput, checkpoint: Checkpoint, directory: Path, files: dict[str, list[str]], dtype: torch.dtype
 ) -> None:
     """Everything beside the weights."""
-    directory = given.context.run.export
     model = checkpoint.manifest.provenance.model
     if len(files) > 1:
         shapes = checkpoint.weights.shapes()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conf import load
+from conf.errors import CheckpointError
 from recipes.stage import StageInput
 from train.checkpoint import Checkpoint
 from train.metrics import read
@@ -48,7 +49,7 @@ def model_card(given: StageInput, checkpoint: Checkpoint) -> str:
         "",
         "## Training",
         "",
-        *training_table(run, provenance.data),
+        *training_table(run, provenance.data, stages_behind(checkpoint)),
         "## Held-out scores",
         "",
         *score_table(run),
@@ -59,27 +60,39 @@ def model_card(given: StageInput, checkpoint: Checkpoint) -> str:
     return "\n".join(lines) + "\n"
 
 
-def training_table(run: RunDir, identities: dict[str, str]) -> Iterator[str]:
+def stages_behind(checkpoint: Checkpoint) -> set[tuple[str, str]]:
+    """Run and stage of the checkpoint and of all it was made from, teachers included, as far as they are there."""
+    provenance = checkpoint.manifest.provenance
+    found = {(provenance.run, provenance.stage)}
+    for parent in provenance.parents:
+        try:
+            found |= stages_behind(Checkpoint.open(Path(parent.path)))
+        except CheckpointError:
+            continue  # deleted since; its hash is in the lineage
+    return found
+
+
+def training_table(run: RunDir, identities: dict[str, str], behind: set[tuple[str, str]]) -> Iterator[str]:
     """What each training stage saw, from the runs that trained it, oldest first."""
     yield "| stage | run | tokens | mixture |"
     yield "| --- | --- | --- | --- |"
-    yield from stage_rows(run)
+    yield from stage_rows(run, behind)
     yield ""
     for source, identity in identities.items():
         yield f"- data `{source}`: {identity}"
     yield ""
 
 
-def stage_rows(run: RunDir) -> Iterator[str]:
+def stage_rows(run: RunDir, behind: set[tuple[str, str]]) -> Iterator[str]:
     """Rows of `training_table` for a run, after those of the run it started from."""
     config = load.read(run.config_file)
     if config.init is not None:
         origin = run_of(Path(config.init))
         if origin is not None:
-            yield from stage_rows(origin)
+            yield from stage_rows(origin, behind)
     for name in config.order:
         training = getattr(config.stages[name], "training", None)
-        if training is not None:
+        if training is not None and (run.name, name) in behind:
             tokens = training.num_steps * training.tokens_per_step
             mixture = ", ".join(f"{source} {weight:g}" for source, weight in training.mixture.items())
             yield f"| {name} | {run.name} | {tokens:,} | {mixture} |"
@@ -106,5 +119,5 @@ def lineage(checkpoint: Checkpoint) -> Iterator[str]:
     yield f"- checkpoint `{checkpoint.path.name}` of stage {provenance.stage} of run {provenance.run}: "
     yield f"  sha256 of its manifest {checkpoint.manifest_sha256}"
     for parent in provenance.parents:
-        yield f"- parent: sha256 of its manifest {parent.manifest_sha256}"
+        yield f"- parent `{Path(parent.path).parent.parent.name}`: sha256 of its manifest {parent.manifest_sha256}"
     yield f"- tokenizer: sha256 {provenance.tokenizer}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
 from conf.schema import ModelConfig, PretrainStage, TrainingConfig
+from data.batch import Batch
 from parallel.attention_kernel import attention_kernel
-from parallel.engine import TensorSource, make_engine
+from parallel.engine import Objective, TensorSource, make_engine
 from parallel.initial import InitialWeights
 from parallel.memory_errors import StepOutOfMemoryError, naming_memory_errors
 from parallel.mesh import Mesh
@@ -14,21 +18,37 @@ from train.checkpoint import Parent, Provenance
 from train.loop import StageJob, TrainingLoop
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a stage learns from.
+
+    Attributes:
+        objectives: the loss of a step's micro-batches, or one for each; None: cross-entropy of the labels.
+        flops_per_token: model FLOPs a token of computing them, the student's own left out.
+    """
+
+    objectives: Callable[[Sequence[Batch]], Objective | Sequence[Objective]] | None
+    flops_per_token: float
+
+
+FROM_LABELS = Lesson(None, 0.0)
+
+
 def pretrain(given: StageInput, stage: PretrainStage) -> StageOutput:
     """Train from weights that depend on the seed alone, not on the layout."""
     config = given.context.config
     weights = InitialWeights(config.model, config.seed)
-    return train_stage(given, stage.kind, stage.training, config.model, initial=weights, parents=())
+    return train_stage(given, stage.training, config.model, initial=weights, parents=())
 
 
 def train_stage(
     given: StageInput,
-    kind: str,
     training: TrainingConfig,
     model: ModelConfig,
     *,
     initial: TensorSource,
     parents: tuple[Parent, ...],
+    lesson: Lesson = FROM_LABELS,
 ) -> StageOutput:
     """Train `model` from `initial` and pass on the last checkpoint.
 
@@ -46,20 +66,13 @@ def train_stage(
     try:
         job = StageJob(
             name=given.name,
-            kind=kind,
+            kind=context.config.stages[given.name].kind,
             model=model,
             training=training,
             datasets=given.datasets,
-            provenance=Provenance(
-                run=context.run.name,
-                recipe=context.config.name,
-                stage=given.name,
-                model=model,
-                engine=engine_config,
-                tokenizer=tokenizer_identity(given.datasets),
-                data={name: given.datasets[name].identity for name in training.sources},
-                parents=parents,
-            ),
+            provenance=provenance_of(given, model, training.sources, parents),
+            objectives=lesson.objectives,
+            teacher_flops_per_token=lesson.flops_per_token,
         )
         outcome, checkpoint = TrainingLoop(context, job, engine, initial).run()
     except StepOutOfMemoryError as error:
@@ -67,6 +80,22 @@ def train_stage(
     finally:
         engine.close()
     return StageOutput(outcome, checkpoint)
+
+
+def provenance_of(
+    given: StageInput, model: ModelConfig, sources: Iterable[str], parents: tuple[Parent, ...]
+) -> Provenance:
+    """What a checkpoint of this stage says about where it comes from."""
+    return Provenance(
+        run=given.context.run.name,
+        recipe=given.context.config.name,
+        stage=given.name,
+        model=model,
+        engine=given.context.config.engine,
+        tokenizer=tokenizer_identity(given.datasets),
+        data={name: given.datasets[name].identity for name in sources},
+        parents=parents,
+    )
 
 
 def mesh_of(given: StageInput) -> Mesh:

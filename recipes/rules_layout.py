@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from conf.errors import Problem
-from conf.schema import EvaluateStage, PretrainStage, RunConfig, SpecialiseStage, TrainingConfig
+from conf.schema import EvaluateStage, RunConfig, TrainingConfig, TrainingStage
 from parallel.mesh import Mesh
 from parallel.plan.divides import batch_multiple, divisors, pieces_of_sequence
 from recipes.machine import Machine
@@ -148,8 +148,8 @@ def sequences_fit(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     pieces = pieces_of_sequence(context=mesh.context, tensor=mesh.tensor, sequence_parallel=engine.sequence_parallel)
     for name in config.order:
         match config.stages.get(name):
-            case PretrainStage(training=training) | SpecialiseStage(training=training):
-                path, length = f"stages.{name}.training.sequence_length", training.sequence_length
+            case stage if isinstance(stage, TrainingStage):
+                path, length = f"stages.{name}.training.sequence_length", stage.training.sequence_length
             case EvaluateStage(sequence_length=length):
                 path = f"stages.{name}.sequence_length"
             case _:

@@ -9,6 +9,7 @@ from conf.errors import Problem
 from conf.faults import did_you_mean
 from conf.schema import EvaluateStage, PretrainStage, RunConfig
 from recipes.machine import Machine
+from recipes.rules_compression import is_control, makes_a_model, present
 from recipes.rules_layout import trainings_of
 
 
@@ -54,18 +55,19 @@ def weights_come_from_somewhere(config: RunConfig, machine: Machine) -> Iterator
 
 def evaluated_models_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """An evaluation compares models that exist by then."""
-    trained = trainings_of(config)
+    made = [name for name in config.order if makes_a_model(config.stages.get(name))]
     for position, name in enumerate(config.order):
         stage = config.stages.get(name)
         if not isinstance(stage, EvaluateStage):
             continue
         path = f"stages.{name}.models"
-        earlier = [each for each in config.order[:position] if each in trained]
+        earlier = [each for each in config.order[:position] if each in made]
         possible = (["init"] if config.init is not None else []) + earlier
         listed = f"[{','.join(possible)}]"
-        if not stage.models:
+        models = present(config, stage.models)
+        if not models:
             yield Problem(path, f"is empty; there is nothing to score. Possible here: {listed}.")
-        for model, count in Counter(stage.models).items():
+        for model, count in Counter(models).items():
             if count > 1:
                 yield Problem(path, f"'{model}' comes {count} times; name each model once.")
             if model in possible:
@@ -73,7 +75,7 @@ def evaluated_models_exist(config: RunConfig, machine: Machine) -> Iterator[Prob
             if model == "init":
                 why = "'init' is the model the recipe starts from, and init is null"
             elif model in config.stages:
-                why = f"'{model}' is not a training stage that comes before '{name}' in order"
+                why = f"'{model}' is not a stage that makes a model before '{name}' in order"
             else:
                 why = f"there is no stage '{model}'{did_you_mean(model, possible)}"
             yield Problem(path, f"{why.rstrip('?.')}{'?' if why.endswith('?') else '.'} Possible here: {listed}.")
@@ -136,8 +138,8 @@ def tokens_make_a_step(config: RunConfig, machine: Machine) -> Iterator[Problem]
 
 def stages_left_out(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Warn of stages that will not run."""
-    for name in config.stages:
-        if name not in config.order:
+    for name, stage in config.stages.items():
+        if name not in config.order and (config.controls or not is_control(stage)):
             yield Problem("order", f"leaves out the stage '{name}', which will not run.")
 
 

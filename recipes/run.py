@@ -7,12 +7,27 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from conf.schema import EvaluateStage, ExportStage, PretrainStage, SpecialiseStage
+from conf.schema import (
+    ControlStage,
+    DistillStage,
+    EvaluateStage,
+    ExportStage,
+    PretrainStage,
+    PruneStage,
+    QuantiseStage,
+    RecoverStage,
+    SpecialiseStage,
+)
+from recipes.control import train_control
+from recipes.distill import distill
 from recipes.evaluate import evaluate
 from recipes.export import export
 from recipes.pretrain import pretrain
+from recipes.prune import prune
+from recipes.quantise import quantise
+from recipes.recover import recover
 from recipes.specialise import specialise
-from recipes.stage import StageInput, StageOutput, open_datasets
+from recipes.stage import StageInput, StageOutput, open_datasets, passes_on
 from train.metrics import MetricsWriter
 from train.rundir import StageResult
 from train.worker import RankContext, RankOutcome
@@ -32,13 +47,14 @@ def run_stages(context: RankContext) -> RankOutcome:
             if output.outcome == "stopped":
                 return "stopped"
             checkpoint = None if output.checkpoint is None else str(output.checkpoint)
-            result = StageResult(checkpoint=checkpoint, seconds=time.monotonic() - started)
+            goes_on = passes_on(context.config.stages[name])
+            result = StageResult(checkpoint=checkpoint, seconds=time.monotonic() - started, passes_on=goes_on)
             dist.barrier()
             if context.is_first:
                 context.run.write_result(name, result)
                 MetricsWriter(context.run.metrics_file).write("stage_ended", stage=name, seconds=result.seconds)
             dist.barrier()
-        if result.checkpoint is not None:
+        if result.checkpoint is not None and result.passes_on:
             incoming = Path(result.checkpoint)
     return "finished"
 
@@ -47,10 +63,21 @@ def run_stage(given: StageInput) -> StageOutput:
     """Run one stage by its kind."""
     match given.context.config.stages[given.name]:
         case PretrainStage() as stage:
-            return pretrain(given, stage)
+            output = pretrain(given, stage)
         case SpecialiseStage() as stage:
-            return specialise(given, stage)
+            output = specialise(given, stage)
+        case PruneStage() as stage:
+            output = prune(given, stage)
+        case RecoverStage() as stage:
+            output = recover(given, stage)
+        case DistillStage() as stage:
+            output = distill(given, stage)
+        case QuantiseStage() as stage:
+            output = quantise(given, stage)
+        case ControlStage() as stage:
+            output = train_control(given, stage)
         case EvaluateStage() as stage:
-            return evaluate(given, stage)
+            output = evaluate(given, stage)
         case ExportStage() as stage:
-            return export(given, stage)
+            output = export(given, stage)
+    return output

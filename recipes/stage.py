@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import CheckpointError
-from conf.schema import DataConfig
+from conf.schema import DataConfig, QuantiseStage, StageConfig
 from data.archive import Archive
 from data.shards import Access, Dataset
 from data.tiers import open_tiers
-from train.checkpoint import Checkpoint
+from recipes.rules_compression import is_control
+from train.checkpoint import Checkpoint, Parent
 from train.metrics import MetricsWriter
 from train.rundir import RunDir
 from train.worker import RankContext, RankOutcome
@@ -62,12 +63,23 @@ class StageInput:
             CheckpointError: it was trained with another tokenizer than this run's data.
         """
         assert self.incoming is not None, "a stage that needs a model comes after one that makes it (recipes/check.py)"
-        checkpoint = Checkpoint.open(self.incoming)
+        return self._open(self.incoming)
+
+    def open_model(self, name: str | None) -> Checkpoint:
+        """An earlier stage's model by name (`init`: what the recipe started from; None: the incoming one).
+
+        Raises:
+            CheckpointError: it was trained with another tokenizer than this run's data.
+        """
+        return self.open_incoming() if name is None else self._open(self.model_of(name))
+
+    def _open(self, path: Path) -> Checkpoint:
+        checkpoint = Checkpoint.open(path)
         saved = checkpoint.manifest.provenance.tokenizer
         tokenizer = tokenizer_identity(self.datasets)
         if saved != tokenizer:
             raise CheckpointError(
-                f"{self.incoming} was trained with tokenizer {saved[:12]}, and this run's data is tokenised with "
+                f"{path} was trained with tokenizer {saved[:12]}, and this run's data is tokenised with "
                 f"{tokenizer[:12]}: token ids would mean other words. Set data.tokenizer to the model's own."
             )
         return checkpoint
@@ -81,6 +93,11 @@ class StageOutput:
     checkpoint: Path | None
 
 
+def parent_of(checkpoint: Checkpoint) -> Parent:
+    """The checkpoint as lineage names it."""
+    return Parent(path=str(checkpoint.path), manifest_sha256=checkpoint.manifest_sha256)
+
+
 def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
     """The prepared sources of a run, as its driver wrote them down, behind the tiers they share."""
     tiers = open_tiers(data.tiers)
@@ -89,6 +106,11 @@ def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
         wait = Archive(path, data.storage).wait if path.startswith("s3://") else None
         datasets[name] = Dataset.open(path, Access(storage=data.storage, tiers=tiers, on_archived=wait))
     return datasets
+
+
+def passes_on(stage: StageConfig) -> bool:
+    """Whether the recipe goes on with what the stage makes; not so with what was made to compare with, or for INT8."""
+    return not is_control(stage) and not isinstance(stage, QuantiseStage)
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:

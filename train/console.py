@@ -19,6 +19,7 @@ from rich.text import Text
 from conf.schema import RunConfig
 from train.facts import facts
 from train.quantities import count, duration, estimate, percent
+from train.report_compression import value_of
 from train.summary import RunSummary, StageSummary, exceeds_noise
 
 LOG_COLUMNS = 120
@@ -86,6 +87,8 @@ def print_results(console: Console, summary: RunSummary, closing: Mapping[str, s
         console.print(_evaluation_table(summary))
     if summary.comparisons:
         console.print(_comparison_table(summary))
+    if summary.targets:
+        console.print(_target_table(summary))
     # Those that came late, e.g. of tracking, were never above the bar; the others have scrolled away.
     warnings = dict.fromkeys(each["text"] for each in summary.messages if each["level"] == "warning")
     for warning in warnings:
@@ -164,6 +167,22 @@ def _evaluation_table(summary: RunSummary) -> Table:
             )
             cells.append(f"[bold green]{text}[/]" if score and score["loss"] == best[source] else text)
         table.add_row(escape(model), *cells, style="dim" if summary.is_baseline(model) else "")
+    return table
+
+
+def _target_table(summary: RunSummary) -> Table:
+    title = "promised and reached"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table.add_column("promise", no_wrap=True)
+    table.add_column("ratio of")
+    for label in ("reached", "limit"):
+        table.add_column(label, justify="right")
+    table.add_column("")
+    for each in summary.targets:
+        on = f", {each['source']}" if each["source"] else ""
+        names = escape(f"{each['model']} / {each['baseline']}{on}")
+        verdict = "[green]met[/]" if each["met"] else "[yellow]not met[/]"
+        table.add_row(escape(each["name"]), names, value_of(each), percent(each["limit"]), verdict)
     return table
 
 

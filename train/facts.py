@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from conf.schema import ModelConfig, PretrainStage, RunConfig, SpecialiseStage, TrainingConfig
+from conf.schema import ModelConfig, RunConfig, TrainingConfig, TrainingStage
 from train.quantities import count
 
 
@@ -23,7 +23,7 @@ def _facts(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     yield "stages", ", ".join(config.order)
     for name in config.order:
         stage = config.stages[name]
-        if isinstance(stage, PretrainStage | SpecialiseStage):
+        if isinstance(stage, TrainingStage):
             yield name, _amount(stage.training)
     yield "mesh", _mesh(config, world_size)
     yield "precision", config.engine.precision

@@ -7,6 +7,7 @@ of completed steps; everything else (samples, learning rate) follows from it.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from data.prefetch import Prefetch
 from data.shards import Dataset
 from data.stream import stream_of_stage
 from parallel import device
-from parallel.engine import Engine, StepResult, TensorSource
+from parallel.engine import Engine, Objective, StepResult, TensorSource
 from parallel.loss import CrossEntropy
 from train.checkpoint import Checkpoint, checkpoint_name
 from train.manifest import Provenance
@@ -43,6 +44,8 @@ class StageJob:
         training: its settings.
         datasets: every prepared source by name.
         provenance: what its checkpoints say about where they come from.
+        objectives: the loss of a step's micro-batches, or one for each; None: cross-entropy.
+        teacher_flops_per_token: model FLOPs a token of what `objectives` computes besides.
     """
 
     name: str
@@ -51,6 +54,8 @@ class StageJob:
     training: TrainingConfig
     datasets: dict[str, Dataset]
     provenance: Provenance
+    objectives: Callable[[Sequence[Batch]], Objective | Sequence[Objective]] | None = None
+    teacher_flops_per_token: float = 0.0
 
 
 class TrainingLoop:
@@ -70,7 +75,8 @@ class TrainingLoop:
         self.initial = initial
         training = job.training
         self.stream = stream_of_stage(context.config, job.name, job.datasets)
-        self.objective = CrossEntropy(z_loss=training.z_loss)
+        cross_entropy = CrossEntropy(z_loss=training.z_loss)
+        self.objectives = job.objectives or (lambda micro_batches: cross_entropy)
         self.metrics = MetricsWriter(context.run.metrics_file) if context.is_first else None
         self.checkpoints = context.run.checkpoints(job.name)
         self.saver = Saver(
@@ -154,7 +160,8 @@ class TrainingLoop:
         training = self.job.training
         rate = learning_rate(training.optim, step, training.num_steps)
         started = time.monotonic()
-        result = self.engine.step(micro_batches, self.objective, learning_rate=rate, stop=self.asked_to_stop())
+        objective = self.objectives(micro_batches)
+        result = self.engine.step(micro_batches, objective, learning_rate=rate, stop=self.asked_to_stop())
         self.record_step(step + 1, rate, result, time.monotonic() - started)
         return result.stop
 
@@ -162,7 +169,7 @@ class TrainingLoop:
         """Write a step down."""
         training = self.job.training
         tokens_per_second = training.tokens_per_step / seconds
-        flops = self.job.model.train_flops_per_token(training.sequence_length)
+        flops = self.job.model.train_flops_per_token(training.sequence_length) + self.job.teacher_flops_per_token
         flops_per_rank = flops * tokens_per_second / self.engine.mesh.world_size
         peak = device.peak_flops()
         self.record(

@@ -14,6 +14,14 @@ Every record has `kind` and `time` (unix seconds). Written by the driver (D) or 
     evaluation (R/D)   stage, model, source, loss, standard_error, accuracy, accuracy_standard_error, num_tokens,
                        num_documents        (model is a stage's name, `init`, or a baseline such as `bigram`)
     comparison (R/D)   stage, model, baseline, source, gain (nats a token, positive is better), standard_error
+    candidate (R)      stage, the shape (num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_kv_heads),
+                       num_parameters, size_ratio (to the parent, in what is cut), importance_kept, loss,
+                       standard_error (over rows), seconds      (the first of a stage is the parent itself)
+    quantisation (R)   stage, scheme, part (`layer N` alone, or `all`), cost (nats a token, on calibration text),
+                       standard_error (over rows), agreement (share of equal likeliest tokens), kept (not rounded)
+    variant (R)        stage, model, num_parameters, weight_bytes (as exported), prefill_tokens_per_second (of scoring
+                       all held-out text, all ranks; INT8 is computed in floating point)
+    target (R)         stage, name, model, baseline, source, value, standard_error, limit, met
     export (R)         stage, path, num_bytes
     stage_ended (R)    stage, seconds
     message (D/R)      level (info, warning, error), text
@@ -143,6 +151,67 @@ class Comparison(TypedDict):
     standard_error: float
 
 
+class Candidate(TypedDict):
+    """A shape that a pruning stage tried, before any recovery."""
+
+    kind: Literal["candidate"]
+    time: NotRequired[float]
+    stage: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    num_parameters: int
+    size_ratio: float
+    importance_kept: float
+    loss: float
+    standard_error: float
+    seconds: float
+
+
+class Quantisation(TypedDict):
+    """What rounding a part of a model to INT8 costs."""
+
+    kind: Literal["quantisation"]
+    time: NotRequired[float]
+    stage: str
+    scheme: str
+    part: str
+    cost: float
+    standard_error: float
+    agreement: float
+    kept: bool
+
+
+class Variant(TypedDict):
+    """How large a scored model is, and how fast it reads."""
+
+    kind: Literal["variant"]
+    time: NotRequired[float]
+    stage: str
+    model: str
+    num_parameters: int
+    weight_bytes: int
+    prefill_tokens_per_second: float
+
+
+class Target(TypedDict):
+    """What was promised, and what was reached."""
+
+    kind: Literal["target"]
+    time: NotRequired[float]
+    stage: str
+    name: str
+    model: str
+    baseline: str
+    source: str
+    value: float
+    standard_error: float
+    limit: float
+    met: bool
+
+
 class Export(TypedDict):
     """A model directory was written."""
 
@@ -201,6 +270,10 @@ Record = (
     | Reading
     | Evaluation
     | Comparison
+    | Candidate
+    | Quantisation
+    | Target
+    | Variant
     | Export
     | StageEnded
     | Message

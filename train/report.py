@@ -15,10 +15,11 @@ from pathlib import Path
 
 from conf import load
 from conf.errors import UserError
-from conf.schema import PretrainStage, RunConfig, SpecialiseStage
+from conf.schema import RunConfig, TrainingStage
 from train.facts import facts
 from train.metrics import FILE_NAME, read
 from train.quantities import byte_size, count, duration, estimate, percent
+from train.report_compression import compression_sections
 from train.report_style import page, table
 from train.rundir import replace_text
 from train.summary import RunSummary, StageSummary, exceeds_noise, summarise
@@ -48,6 +49,7 @@ def _sections(run_dir: Path, config: RunConfig, summary: RunSummary) -> Iterator
     yield _header(run_dir, config, summary)
     yield _incomplete(config, summary)
     yield _tiles(summary)
+    yield from compression_sections(summary)
     yield _learning(config, summary)
     yield _evaluation(summary)
     yield _comparisons(summary)
@@ -134,11 +136,7 @@ def _learning(config: RunConfig, summary: RunSummary) -> str:
     # matplotlib takes a second to import; whoever only follows a run never needs it.
     from train.report_plots import curve_figure, loss_figure
 
-    clip = {
-        stage.training.optim.clip_grad_norm
-        for stage in config.stages.values()
-        if isinstance(stage, PretrainStage | SpecialiseStage)
-    }
+    clip = {stage.training.optim.clip_grad_norm for stage in config.stages.values() if isinstance(stage, TrainingStage)}
     limit = clip.pop() if len(clip) == 1 else None
     curves = (
         ("Learning rate", curve_figure(summary, "learning_rate", colour="source-2", from_zero=True)),

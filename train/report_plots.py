@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from train.metrics import Comparison, Evaluation, Step
+from train.metrics import Candidate, Comparison, Evaluation, Step
 from train.quantities import count, estimate
 from train.summary import RunSummary, StageSummary, exceeds_noise
 
@@ -219,6 +219,37 @@ def comparison_figure(comparisons: Sequence[Comparison]) -> str:
         axes.set_xlabel("gain, nats a token (right of zero is better); bars are three standard errors")
         _darken_names(axes)
         return _svg(figure, "comparison")
+
+
+def candidate_figure(candidates: Sequence[Candidate]) -> str:
+    """Shapes that were tried: loss before recovery over size; the first is the model they are cut out of."""
+    chosen = min(candidates[1:] or candidates, key=lambda each: each["loss"])
+    with rc_context({**STYLE, "axes.grid.axis": "both"}):
+        figure = Figure(figsize=(10.4, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for each in candidates:
+            colour = COLOURS["best" if each is chosen else "muted" if each is candidates[0] else "train"]
+            axes.errorbar(
+                100 * each["size_ratio"],
+                each["loss"],
+                yerr=each["standard_error"],
+                fmt="o",
+                color=colour,
+                markersize=6,
+                elinewidth=1.4,
+                capsize=3,
+            )
+            axes.annotate(
+                f"{each['num_layers']} x {each['hidden_size']:,}, FFN {each['ffn_hidden_size']:,}",
+                (100 * each["size_ratio"], each["loss"]),
+                xytext=(7, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.set_xlabel("size, % of the model they are cut out of")
+        axes.set_ylabel("loss, nats a token")
+        axes.set_xmargin(0.2)
+        return _svg(figure, f"candidates-{candidates[0]['stage']}")
 
 
 def _plot_scores(axes: Axes, summary: RunSummary, column: Sequence[Evaluation | None]) -> None:

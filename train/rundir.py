@@ -40,10 +40,12 @@ class StageResult:
     Attributes:
         checkpoint: the model it passes on, an absolute path; None where a stage passes on nothing new.
         seconds: time it took over all attempts of this run's last one.
+        passes_on: the run goes on with that model; not so for one made to be compared with.
     """
 
     checkpoint: str | None
     seconds: float
+    passes_on: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class RunDir:
         """Checkpoint the last finished stage of `order` passed on, or None."""
         for stage in reversed(order):
             result = self.result(stage)
-            if result is not None and result.checkpoint is not None:
+            if result is not None and result.checkpoint is not None and result.passes_on:
                 return result.checkpoint
         return None
 

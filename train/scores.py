@@ -73,6 +73,16 @@ class DocumentScores:
             raise ValueError("models can be compared only on the same documents, token for token")
         return ratio(baseline.loss_D - self.loss_D, self.num_tokens_D)
 
+    def accuracy_over(self, baseline: DocumentScores) -> Estimate:
+        """This model's accuracy over the baseline's, paired by document.
+
+        Raises:
+            ValueError: the two were not scored on the same documents.
+        """
+        if not np.array_equal(self.num_tokens_D, baseline.num_tokens_D):
+            raise ValueError("models can be compared only on the same documents, token for token")
+        return ratio(self.correct_D, baseline.correct_D)
+
 
 def ratio(total_D: Float64s, num_tokens_D: Float64s) -> Estimate:
     """Ratio of sums with the standard error over documents (linearised ratio estimator, Cochran 1977, 6.4).

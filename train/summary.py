@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from train.metrics import (
+    Candidate,
     Checkpoint,
     Comparison,
     Evaluation,
     Export,
     Message,
+    Quantisation,
     Record,
     RunStarted,
     StageStarted,
     Step,
+    Target,
     Validation,
+    Variant,
     steps_of,
     validations_of,
 )
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +84,10 @@ class RunSummary:
     stages: list[StageSummary]
     evaluations: list[Evaluation]
     comparisons: list[Comparison]
+    candidates: list[Candidate]
+    quantisations: list[Quantisation]
+    targets: list[Target]
+    variants: list[Variant]
     checkpoints: list[Checkpoint]
     exports: list[Export]
     messages: list[Message]
@@ -118,7 +129,7 @@ def summarise(records: Sequence[Record]) -> RunSummary:
             case "checkpoint":
                 checkpoints[record["stage"], record["step"]] = record
             case "export":
-                exports[record["stage"]] = record
+                exports[record["path"]] = record
             case "message":
                 messages.append(record)
     return RunSummary(
@@ -130,10 +141,26 @@ def summarise(records: Sequence[Record]) -> RunSummary:
         stages=_stages(records),
         evaluations=list(evaluations.values()),
         comparisons=list(comparisons.values()),
+        candidates=_newest((each for each in records if each["kind"] == "candidate"), _shape_of),
+        quantisations=_newest(
+            (each for each in records if each["kind"] == "quantisation"), lambda each: (each["stage"], each["part"])
+        ),
+        targets=_newest((each for each in records if each["kind"] == "target"), lambda each: each["name"]),
+        variants=_newest((each for each in records if each["kind"] == "variant"), lambda each: each["model"]),
         checkpoints=list(checkpoints.values()),
         exports=list(exports.values()),
         messages=messages,
     )
+
+
+def _newest(records: Iterable[R], key: Callable[[R], Hashable]) -> list[R]:
+    """The last record of each key, in the order in which keys first came."""
+    return list({key(record): record for record in records}.values())
+
+
+def _shape_of(candidate: Candidate) -> Hashable:
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads")
+    return candidate["stage"], *(candidate[size] for size in sizes)  # type: ignore[literal-required]
 
 
 def exceeds_noise(comparison: Comparison) -> bool:

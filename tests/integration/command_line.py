@@ -34,6 +34,15 @@ TINY_FOUNDATION = (
     "stages.evaluate.tokens=2000",
     "tracking.mode=disabled",
 )
+# Every stage of a module, each for a few steps.
+TINY_VARIANTS = (
+    *(f"stages.{stage}.training.tokens=4096" for stage in ("recover", "distill")),
+    *(f"stages.{stage}.training.validation_tokens=1000" for stage in ("recover", "continued", "distill")),
+    *(f"stages.{stage}.calibration.tokens=2048" for stage in ("prune", "prune_random", "quantise")),
+    "stages.prune.search.tokens=2048",
+    "stages.prune.search.candidates=2",
+    "stages.distill.student.ratio=4",
+)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pytest
 from command_line import (
     TINY_FOUNDATION,
     TINY_MODEL,
+    TINY_VARIANTS,
     Ended,
     environment,
     has_step,
@@ -51,6 +52,7 @@ def whole(runs_dir: Path) -> Ended:
         runs_dir,
         "recipe=business_module",
         *TINY_MODEL,
+        *TINY_VARIANTS,
         "stages.specialise.training.tokens=10240",
         "stages.specialise.training.validation_tokens=2000",
         "stages.evaluate.tokens=2000",
@@ -73,7 +75,45 @@ def test_a_module_rehearses_its_foundation_first_and_ends_with_everything_promis
     assert json.loads((whole.run / "status.json").read_text())["status"] == "finished"
     assert json.loads((whole.run / "config.json").read_text())["init"].startswith(str(foundation))
     scored = {(each["model"], each["source"]) for each in records(whole.run, "evaluation")}
-    assert {("init", "business"), ("specialise", "business")} <= scored
+    assert {("init", "business"), ("specialise", "business"), ("recover", "business")} <= scored
+
+
+def test_variants_are_really_smaller_and_say_where_they_come_from(whole: Ended):
+    """Shapes as transformers reads them, lineage by hash, and promises beside what was reached."""
+    from train.checkpoint import Checkpoint
+
+    sizes = {
+        name: json.loads((whole.run / "export" / name / "config.json").read_text())["hidden_size"]
+        for name in ("specialise", "recover", "quantise", "distill")
+    }
+    assert sizes["distill"] < sizes["specialise"] and sizes["quantise"] == sizes["recover"]
+    made = {
+        stage: Checkpoint.open(Path(json.loads(file.read_text())["checkpoint"]))
+        for stage in ("specialise", "prune", "recover", "continued", "distill", "quantise")
+        if (file := whole.run / "stages" / stage / "result.json").exists()
+    }
+    for child, parents in {
+        "prune": ["specialise"],
+        "recover": ["prune", "specialise"],
+        "continued": ["specialise"],
+        "distill": ["specialise"],
+        "quantise": ["recover"],
+    }.items():
+        found = [parent.manifest_sha256 for parent in made[child].manifest.provenance.parents]
+        assert found == [made[parent].manifest_sha256 for parent in parents], child
+    parameters = {stage: checkpoint.manifest.provenance.model.num_parameters for stage, checkpoint in made.items()}
+    assert parameters["recover"] <= 0.7 * parameters["specialise"]
+    targets = {each["name"]: each for each in records(whole.run, "target")}
+    assert targets["pruning: parameters removed"]["met"]
+    assert {"pruning: accuracy kept", "INT8: accuracy kept", "distillation: size"} <= targets.keys()
+    assert [each["part"] for each in records(whole.run, "quantisation")] == [
+        "layer 0",
+        "layer 1",
+        "layer 2",
+        "layer 3",
+        "all",
+    ]
+    assert len(records(whole.run, "candidate")) == 3
 
 
 def test_losses_of_both_recipes_fall(whole: Ended, runs_dir: Path):
@@ -92,8 +132,8 @@ def test_the_exported_model_predicts_in_transformers_as_it_did_here(whole: Ended
     from data.held_out import held_out_batches
     from data.shards import Dataset
 
-    model = AutoModelForCausalLM.from_pretrained(whole.run / "export").eval()
-    tokenizer = AutoTokenizer.from_pretrained(whole.run / "export")
+    model = AutoModelForCausalLM.from_pretrained(whole.run / "export" / "specialise").eval()
+    tokenizer = AutoTokenizer.from_pretrained(whole.run / "export" / "specialise")
     text = "The economy of the country"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     dataset = Dataset.open(Path(json.loads((whole.run / "datasets.json").read_text())["business"]))
@@ -196,7 +236,7 @@ def test_ctrl_c_saves_exits_75_and_the_same_layout_resumes_to_the_last_bit(tmp_p
 
 
 def test_sigterm_while_the_foundation_is_rehearsed_saves_and_resuming_the_module_continues_it(tmp_path: Path):
-    overrides = ("recipe=business_module", *TINY_MODEL, "stages.specialise.training.tokens=2048")
+    overrides = ("recipe=business_module", *TINY_MODEL, "order=[specialise]", "stages.specialise.training.tokens=2048")
     with started(tmp_path, *overrides, "tracking.mode=disabled", log=tmp_path / "o") as process:
         wait_for(lambda: has_step(tmp_path, "foundation", 3), 120, "step 3 of the foundation")
         os.kill(process.pid, signal.SIGTERM)
@@ -245,6 +285,7 @@ def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from(whole: Ended
     ended = train(
         tmp_path / "runs",
         "recipe=business_module",
+        "order=[specialise,evaluate,export]",
         f"init={copied}",
         *TINY_MODEL,
         "stages.specialise.training.tokens=2048",
@@ -254,7 +295,7 @@ def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from(whole: Ended
     )
     assert ended.code == 0, ended.output
     assert "no n-gram beside init" in ended.output
-    assert (ended.run / "export" / "model.safetensors").exists()
+    assert (ended.run / "export" / "specialise" / "model.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_launch(whole: Ended, tmp_path: Path):

@@ -116,7 +116,7 @@ REFUSED = [
     ("budget.gpus=255 cluster=h200_ray", "cluster.num_nodes", ["255 cannot be divided by 8"]),
     ("model=fronter", "model", ["no model 'fronter'", "Did you mean 'frontier_70b'", "Choose from"]),
     ("seed=1,2", "seed", ["several values", "-m", "seed=[1,2]"]),
-    ("~stages.prune", "", ["stages.prune", "does not exist"]),
+    ("~stages.none", "", ["stages.none", "does not exist"]),
 ]
 
 

@@ -95,6 +95,8 @@ def test_a_window_names_the_documents_it_covers(tmp_path: Path) -> None:
     for start in range(0, len(owner) - 300, 97):
         expected = list(dict.fromkeys(owner[start : start + 300].tolist()))
         assert dataset.document_ids("train", start, 300) == expected
+        numbers = dataset.document_numbers("train", start, 300)
+        assert [dataset.document("train", number).id for number in numbers] == expected
     assert dataset.document_ids("train", 0, lengths[0]) == ["doc0"]
     assert dataset.document_ids("train", lengths[0], 1) == ["doc1"]
 

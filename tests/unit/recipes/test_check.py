@@ -51,7 +51,7 @@ class TestResolve:
         assert ranks == {1: 1, 2: 2, 3: 2, 64: 2}
 
     def test_data_takes_the_gpus_that_are_left_by_the_other_axes(self):
-        config = rehearsal(stages__specialise__training__global_batch=64)
+        config = rehearsal(order=("specialise",), stages__specialise__training__global_batch=64)
         data = [
             check.resolve(layout(config, **axes), FOUR_GPUS).engine.mesh.data
             for axes in ({}, {"tensor": 2}, {"tensor": 2, "pipeline": 2})
@@ -59,7 +59,7 @@ class TestResolve:
         assert data == [4, 2, 1]
 
     def test_data_leaves_memory_for_each_rank(self):
-        config = rehearsal(stages__specialise__training__global_batch=64)
+        config = rehearsal(order=("specialise",), stages__specialise__training__global_batch=64)
         small = Machine(cores=16, memory_bytes=3 * GIB)
         assert check.resolve(config, small).engine.mesh.data == 4
 

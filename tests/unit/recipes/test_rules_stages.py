@@ -9,7 +9,7 @@ from recipes import check
 
 
 def test_order_is_not_empty():
-    assert_told(rehearsal(order=()), "order", "empty", "specialise, evaluate, export")
+    assert_told(rehearsal(order=()), "order", "empty", "specialise, prune")
 
 
 def test_order_names_stages():
@@ -38,8 +38,8 @@ def test_pretraining_comes_first():
 @pytest.mark.parametrize(
     ("models", "words"),
     [
-        ((), ["empty", "[init,specialise]"]),
-        (("export",), ["not a training stage", "[init,specialise]"]),
+        ((), ["empty", "[init,specialise,prune,"]),
+        (("export",), ["not a stage that makes a model", "[init,specialise,prune,"]),
         (("specialize",), ["no stage 'specialize'", "Did you mean 'specialise'"]),
         (("init", "init"), ["'init' comes 2 times"]),
     ],
@@ -50,7 +50,7 @@ def test_evaluated_models_exist(models, words):
 
 def test_evaluated_models_come_before():
     config = rehearsal(order=("evaluate", "specialise"))
-    assert_told(config, "stages.evaluate.models", "'specialise' is not a training stage that comes before")
+    assert_told(config, "stages.evaluate.models", "'specialise' is not a stage that makes a model before")
 
 
 def test_init_is_evaluated_only_where_there_is_one():
@@ -99,5 +99,8 @@ def test_held_out_tokens_make_a_sequence(path):
 
 
 def test_stages_left_out_are_warned_of():
-    (warning,) = check.warnings(rehearsal(order=("specialise", "export")), LAPTOP)
-    assert "'evaluate'" in warning.message and "will not run" in warning.message
+    told = " ".join(warning.message for warning in check.warnings(rehearsal(order=("specialise", "export")), LAPTOP))
+    assert "'evaluate', which will not run" in told and "'recover'" in told
+    assert "'continued'" not in told, "what is compared with is left out unless controls are asked for"
+    told = " ".join(warning.message for warning in check.warnings(rehearsal(controls=True), LAPTOP))
+    assert "'recover_alone'" in told

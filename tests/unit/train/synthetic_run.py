@@ -94,7 +94,10 @@ def run_config(num_steps: int = 120) -> RunConfig:
         sequence_length=256,
         micro_batch=4,
         ngram_order=2,
+        ngram_models=(),
         ngram_tokens=1_000_000,
+        comparisons=None,
+        targets={},
     )
     rehearsal = RunConfig(
         name="business_module",
@@ -103,6 +106,7 @@ def run_config(num_steps: int = 120) -> RunConfig:
         action="run",
         launcher="gang",
         seed=1234,
+        controls=False,
         runs_dir="runs",
         init=None,
         resume=None,
@@ -111,7 +115,7 @@ def run_config(num_steps: int = 120) -> RunConfig:
             "pretrain": PretrainStage(kind="pretrain", training=training(num_steps)),
             "specialise": SpecialiseStage(kind="specialise", training=training(num_steps)),
             "evaluate": evaluate,
-            "export": ExportStage(kind="export", precision="bf16"),
+            "export": ExportStage(kind="export", models=(), precision="bf16"),
         },
         model=model,
         engine=engine,

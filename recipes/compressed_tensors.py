@@ -1,0 +1,80 @@
+"""INT8 models in the layout of compressed-tensors, which transformers and vLLM load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel.quantisation import is_quantised, quantised_rows
+from recipes.quantise import Quantisation
+from train.rundir import replace_text
+
+FORMATS = {"w8a8": "int-quantized", "w8a16": "pack-quantized"}
+VALUES_A_WORD = 4
+
+
+def compressed_tensors(tensors: dict[str, Tensor], quantisation: Quantisation) -> dict[str, Tensor]:
+    """The tensors of a file under the names and in the layout of compressed-tensors; weights must be whole."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not is_quantised(name, quantisation.kept_layers):
+            found[name] = tensor
+            continue
+        values_OI, scale_O1 = quantised_rows(tensor)
+        found[f"{name}_scale"] = scale_O1.to(tensor.dtype)
+        if quantisation.scheme == "w8a8":
+            found[name] = values_OI
+        else:
+            found[f"{name}_packed"] = packed(values_OI)
+            found[f"{name}_shape"] = torch.tensor(values_OI.shape, dtype=torch.int64)
+    return found
+
+
+def packed(values_OI: Tensor) -> Tensor:
+    """Four INT8 values, each raised by 128, to an int32, the first in the lowest byte; rows end in zeros."""
+    raised = (values_OI.to(torch.int16) + 128).to(torch.uint8)
+    missing = -raised.size(1) % VALUES_A_WORD
+    return torch.nn.functional.pad(raised, (0, missing)).contiguous().view(torch.int32)
+
+
+def mark_quantised(directory: Path, quantisation: Quantisation, num_layers: int) -> None:
+    """Say in `config.json`, and in the model card where there is one, what is in INT8 and how."""
+    kept = [f"re:.*layers\\.{layer}\\..*" for layer in quantisation.kept_layers if layer < num_layers]
+    inputs = integers(strategy="token", dynamic=True) if quantisation.scheme == "w8a8" else None
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": FORMATS[quantisation.scheme],
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": integers(strategy="channel", dynamic=False),
+                "input_activations": inputs,
+                "output_activations": None,
+            }
+        },
+        "ignore": ["lm_head", *kept],
+    }
+    replace_text(file, json.dumps(config, indent=2) + "\n")
+    card = directory / "README.md"
+    if card.exists():
+        replace_text(card, f"{card.read_text()}\n## INT8\n\n{in_words(quantisation)}\n")
+
+
+def in_words(quantisation: Quantisation) -> str:
+    """What is in INT8, for a model card."""
+    what = "Matrices of the layers, a scale a row"
+    if quantisation.scheme == "w8a8":
+        what += ", and what goes into them, a scale a token"
+    kept = ", ".join(map(str, quantisation.kept_layers))
+    return f"{what} (compressed-tensors)." + (f" Layers {kept} are as they were." if kept else "")
+
+
+def integers(*, strategy: str, dynamic: bool) -> dict[str, object]:
+    """How compressed-tensors describes symmetric INT8."""
+    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}

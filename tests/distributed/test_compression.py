@@ -1,0 +1,188 @@
+"""Pruning and distillation do not depend on the layout. One launch of four ranks does it all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks, smaller_world
+from tiny import MODEL, OPTIM, TIED, Layout, Tensors, batches, tiny_engine
+
+from parallel.distillation import Distillation, FromTeacher
+from parallel.importance import Importance
+from parallel.initial import InitialWeights
+from parallel.pruning import PrunedWeights, most_important
+from parallel.weight_importance import magnitude_importance
+from parallel.weight_names import logical_shapes
+
+LIMIT_SECONDS = 240.0
+pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
+
+# Weights large enough that parts differ, and that a student has something to learn.
+PARENT = replace(MODEL, name="parent", init_std=0.2)
+PRUNED = replace(
+    PARENT,
+    name="pruned",
+    num_layers=2,
+    hidden_size=48,
+    ffn_hidden_size=96,
+    num_attention_heads=2,
+    num_kv_heads=2,
+)
+LAYOUTS = {
+    "tensor x data": Layout(tensor=2, data=2),
+    "sequence x pipeline": Layout(tensor=2, pipeline=2, sequence_parallel=True, recompute="full"),
+    "pipeline x context": Layout(pipeline=2, context=2),
+    "data": Layout(data=4, zero_stage=1, overlap=True),
+    "deepspeed zero 2": Layout(backend="deepspeed", tensor=2, data=2, zero_stage=2),
+    "deepspeed pipeline": Layout(backend="deepspeed", pipeline=2, data=2, zero_stage=1),
+    "one": Layout(),
+}
+OBSERVED = {
+    "interleaved x data": Layout(pipeline=2, virtual_pipeline=2, data=2),
+    "sequence x context": Layout(tensor=2, context=2, sequence_parallel=True),
+}
+LESSONS = {
+    "forward": (Distillation(temperature=2.0, weight=0.7), 0),
+    "reverse": (Distillation(divergence="reverse"), 0),
+    "top 16": (Distillation(weight=0.9), 16),
+}
+STEPS = 4
+CALIBRATION = 500
+
+
+def everything() -> dict[str, Any]:
+    """Run on each of four ranks."""
+    found: dict[str, Any] = {}
+    for size in (4, 1):
+        with smaller_world(size, f"world of {size}") as inside:
+            if not inside:
+                continue
+            for name, layout in {**LAYOUTS, **OBSERVED}.items():
+                if layout.mesh.world_size == size:
+                    found[name] = _on_mesh(layout, train=name in LAYOUTS)
+            if size == 1:
+                found["nothing lost"] = {model.name: _cut_what_does_nothing(model) for model in (PARENT, TIED)}
+    return found
+
+
+def _on_mesh(layout: Layout, *, train: bool) -> dict[str, Any]:
+    from parallel import groups
+
+    groups.enter_mesh(layout.mesh, virtual_pipeline=layout.virtual_pipeline)
+    source = InitialWeights(PARENT, 1)
+    teacher = tiny_engine(layout, PARENT, optim=None)
+    teacher.load_weights(source)
+    calibration = batches(CALIBRATION, layout.mesh, teacher.coordinate.data)
+    importance = teacher.observe(calibration)
+    found: dict[str, Any] = {
+        "importance": {name: scores.numpy() for name, scores in importance.tensors().items()},
+        "magnitude": {name: s.numpy() for name, s in magnitude_importance(source, PARENT).tensors().items()},
+    }
+    if train:
+        pruned = PrunedWeights(source, PARENT, PRUNED, most_important(importance, PARENT, PRUNED))
+        for name, (objective, top_k) in LESSONS.items():
+            student = tiny_engine(layout, PRUNED)
+            student.load_weights(pruned)
+            if name == "forward":
+                saved = Tensors.gather(list(student.weights())).tensors
+                found["pruned"] = {weight: tensor.numpy() for weight, tensor in saved.items()}
+            lesson = FromTeacher(teacher, objective, top_k)
+            steps = []
+            for step in range(STEPS):
+                mine = batches(step, layout.mesh, student.coordinate.data)
+                steps.append(student.step(mine, lesson(mine), learning_rate=OPTIM.learning_rate))
+            found[name] = steps
+            student.close()
+    teacher.close()
+    groups.leave_mesh()
+    return found
+
+
+def _cut_what_does_nothing(model: Any) -> dict[str, Any]:
+    """Make parts of a model do nothing, cut as many, and see what the model says then."""
+    from parallel import groups
+
+    groups.enter_mesh(Layout().mesh)
+    shape = replace(model, hidden_size=48, ffn_hidden_size=96, num_attention_heads=2, num_kv_heads=1, num_layers=4)
+    parent = Tensors(_with_idle_parts(replace(model, init_std=0.2), shape))
+    questions = batches(CALIBRATION, Layout().mesh, 0)
+    engine = tiny_engine(Layout(), model, optim=None)
+    engine.load_weights(parent)
+    importance: Importance = engine.observe(questions)
+    before = engine.score(questions)
+    engine.close()
+    engine = tiny_engine(Layout(), shape, optim=None)
+    engine.load_weights(PrunedWeights(parent, model, shape, most_important(importance, model, shape)))
+    after = engine.score(questions)
+    engine.close()
+    groups.leave_mesh()
+    return {"before": before.loss_B.tolist(), "after": after.loss_B.tolist(), "tokens": after.num_tokens_B.tolist()}
+
+
+def _with_idle_parts(model: Any, shape: Any) -> dict[str, torch.Tensor]:
+    """Fresh weights with as many hidden channels, neurons and key-value groups idle as the shape lacks, at random."""
+    random = np.random.default_rng(3)
+    weights = InitialWeights(model, 1)
+    tensors = {name: weights.read(name, (0,) * len(size), size) for name, size in logical_shapes(model).items()}
+    idle = random.permutation(model.hidden_size)[shape.hidden_size :]
+    for name, tensor in tensors.items():
+        if name == "model.embed_tokens.weight":
+            tensor[:, idle] = 0.0
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[idle] = 0.0
+        elif name.endswith("gate_proj.weight"):
+            tensor[random.permutation(model.ffn_hidden_size)[shape.ffn_hidden_size :]] = 0.0
+        elif name.endswith("v_proj.weight"):
+            groups = random.permutation(model.num_kv_heads)[shape.num_kv_heads :]
+            tensor.view(model.num_kv_heads, model.head_dim, -1)[groups] = 0.0
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return run_ranks(everything, 4, limit_seconds=LIMIT_SECONDS)[0]
+
+
+@pytest.mark.parametrize("name", [name for name in {**LAYOUTS, **OBSERVED} if name != "one"])
+@pytest.mark.parametrize("kind", ["importance", "magnitude"])
+def test_scores_do_not_depend_on_the_layout(found, kind, name):
+    for scores, one in found["one"][kind].items():
+        assert one.std() > 0 or scores == "energy_ND", f"{scores} tell parts apart, so equal ones say something"
+        assert found[name][kind][scores] == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_pruned_weights_do_not_depend_on_the_layout(found, name):
+    one, other = found["one"]["pruned"], found[name]["pruned"]
+    assert {weight: tensor.shape for weight, tensor in other.items()} == logical_shapes(PRUNED)
+    for weight, tensor in one.items():
+        assert other[weight] == pytest.approx(tensor, abs=1e-6), weight
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_distilled_losses_do_not_depend_on_the_layout(found, lesson, name):
+    one, other = found["one"][lesson], found[name][lesson]
+    assert one[-1].loss < one[0].loss, "the student learns, so equal curves say something"
+    for mine, its in zip(other, one, strict=True):
+        assert mine.loss == pytest.approx(its.loss, abs=1e-5)
+        assert mine.metrics == pytest.approx(its.metrics, abs=1e-5)
+        assert mine.grad_norm == pytest.approx(its.grad_norm, abs=1e-4)
+
+
+def test_a_few_logits_say_nearly_what_all_say(found):
+    few, every = found["one"]["top 16"][0].metrics, found["one"]["forward"][0].metrics
+    assert few["cross_entropy"] == pytest.approx(every["cross_entropy"], abs=1e-6), "the same student"
+    assert 0 < few["divergence"]
+
+
+@pytest.mark.parametrize("model", [PARENT.name, TIED.name])
+def test_cutting_what_does_nothing_changes_nothing(found, model):
+    """Channels, neurons and heads found idle are those cut, and norms over fewer channels are rescaled."""
+    result = found["nothing lost"][model]
+    assert max(result["before"]) > 1.0
+    assert result["after"] == pytest.approx(result["before"], rel=1e-4)
