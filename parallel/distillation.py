@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from parallel.engine import Engine, LossSums
-from parallel.loss import _reduce, score_tokens
+from parallel.loss import score_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,3 +216,8 @@ def _log_partition(logits_BSV: Tensor, group: dist.ProcessGroup | None) -> Tenso
     sums_BS = (logits_BSV.float() - largest_BS.unsqueeze(-1)).exp_().sum(dim=-1)
     _reduce(sums_BS, dist.ReduceOp.SUM, group)
     return sums_BS.log_() + largest_BS
+
+
+def _reduce(tensor: Tensor, operation: Any, group: dist.ProcessGroup | None) -> None:
+    if group is not None and group.size() > 1:
+        dist.all_reduce(tensor, op=operation, group=group)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from conf import load
 from conf.schema import RunConfig
+
+if TYPE_CHECKING:
+    from recipes.queued import Queue
 
 
 def main() -> None:
     """Act on the command line; what acts is imported only now, so that a fault of the configuration is told at once."""
-    queues = []
+    queues: list[Queue] = []
 
     def run(config: RunConfig) -> int:
         if config.cluster.kind == "slurm" and config.action not in ("check", "plan"):

@@ -24,7 +24,7 @@ def layout_of(engine: EngineConfig, training: TrainingConfig, *, data: int) -> L
         micro_batch=training.micro_batch,
         global_batch=training.global_batch,
         sequence=training.sequence_length,
-        precision=engine.precision,
+        precision="fp8" if engine.precision == "fp8_rowwise" else engine.precision,
         recompute="mlp" if engine.recompute == "selective" else engine.recompute,
         sharding=SHARDING[engine.zero_stage],
         sequence_parallel=engine.sequence_parallel,
