@@ -57,9 +57,15 @@ check_nodes() {
     scontrol show node -o "$SLURM_JOB_NODELIST" >"$directory/nodes"
     scontrol show topology >"$directory/topology" 2>/dev/null
     printf '%s\n' "${nodes[@]}" >"$directory/asked"
-    step --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --no-kill --nodelist="$(IFS=,; echo "${nodes[*]}")" \
-        "${python[@]}" -m slurm.preflight --attempt="$directory" --run="$run" \
-        "${node_options[@]}" "${preflight_options[@]}" "$@" >"$directory/reports" 2>"$directory/preflight.log" &
+    # A step a node: srun ends a step on all its nodes when it cannot be started on one of them.
+    (
+        for node in "${nodes[@]}"; do
+            (step --nodes=1 --ntasks=1 --nodelist="$node" "${python[@]}" -m slurm.preflight --attempt="$directory" \
+                --run="$run" "${node_options[@]}" "${preflight_options[@]}" "$@") >>"$directory/reports" &
+        done
+        trap 'kill $(jobs -p) 2>/dev/null' TERM
+        wait
+    ) 2>"$directory/preflight.log" &
     checks=$!
     end_after "$preflight_seconds" $checks
     await $checks
