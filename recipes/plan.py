@@ -23,12 +23,13 @@ from parallel.plan.operations import (
     saving,
     site_gpu,
 )
-from parallel.plan.search import Candidate, search, worst_stage
-from parallel.plan.shapes import Shape
-from parallel.plan.throughput import StepTime, step_time
+from parallel.plan.search import Candidate, search
+from parallel.plan.shapes import Shape, Teacher
+from parallel.plan.throughput import StepTime
 from parallel.plan.traffic import AxisTraffic, traffic
 from recipes import fit, rules_layout, rules_stages
 from recipes.rules_layout import trainings_of
+from recipes.stage_models import training_of_stage
 
 WORTH_CHANGING = 0.01
 """A layout that gains less is within the noise of the model."""
@@ -54,6 +55,7 @@ class StagePlan:
     kind: str
     model: str
     shape: Shape
+    teacher: Teacher | None
     layout: Layout
     worst: StageMemory
     step: StepTime
@@ -192,9 +194,9 @@ def stage_plan(
     config: RunConfig, name: str, hardware: HardwareConfig, gpu: Gpu, *, look_further: bool = False
 ) -> StagePlan:
     """The plan of one stage; a better layout is looked for only if asked."""
-    training, layout = trainings_of(config)[name], fit.layout_of_stage(config, name)
-    shape = fit.shape_of_stage(config, name)
-    step = step_time(shape, layout, gpu)
+    training, layout = training_of_stage(config, name), fit.layout_of_stage(config, name)
+    shape, teacher = fit.shape_of_stage(config, name), fit.teaching_of_stage(config, name)
+    step = fit.step_of_stage(config, name, gpu)
     num_gpus = layout.num_gpus
     training_seconds = training.num_steps * step.seconds
     interval = (training.checkpoint_every_steps or training.num_steps) * step.seconds
@@ -207,8 +209,9 @@ def stage_plan(
         kind=config.stages[name].kind,
         model=config.model.name,
         shape=shape,
+        teacher=teacher,
         layout=layout,
-        worst=worst_stage(shape, layout),
+        worst=fit.memory_of_stage(config, name),
         step=step,
         tokens=training.num_steps * training.tokens_per_step,
         num_steps=training.num_steps,
@@ -217,7 +220,7 @@ def stage_plan(
         goodput=useful,
         best_goodput=best_useful,
         power=power(hardware, gpu, num_gpus, step),
-        pipeline=memory(shape, layout),
+        pipeline=memory(shape, layout, teacher),
         traffic=traffic(shape, layout, gpu),
         better=_better(config, name, gpu, step) if look_further else None,
         failures=seconds / DAY * num_gpus / hardware.gpu_days_per_failure,
@@ -272,12 +275,9 @@ def _require_layout(config: RunConfig, gpu: Gpu, names: list[str]) -> None:
     problems = [problem for rule in rules for problem in rule(config, fit.NOBODY)]
     if problems:
         raise ConfigError([*problems, *_possible_layouts(config, gpu, names)])
-    for name in names:
-        worst = worst_stage(fit.shape_of_stage(config, name), fit.layout_of_stage(config, name))
-        if worst.needed > gpu.memory_bytes:
-            problems.append(Problem("engine.mesh", fit.told_memory(config, name, gpu, worst)))
-    if problems:
-        raise ConfigError(problems)
+    told = fit.told_memory(config, gpu)
+    if told is not None:
+        raise ConfigError([Problem("engine.mesh", told)])
 
 
 def _possible_layouts(config: RunConfig, gpu: Gpu, names: list[str]) -> list[Problem]:

@@ -10,7 +10,6 @@ from conf.schema import Budget, RunConfig
 from parallel.plan.hardware import with_power_limit
 from parallel.plan.layout import Layout
 from parallel.plan.operations import DAY
-from parallel.plan.search import worst_stage
 from recipes import fit
 from recipes.plan import Plan, StagePlan, stage_plan
 from recipes.rules_layout import trainings_of
@@ -156,9 +155,9 @@ def _with_nodes(config: RunConfig, plan: Plan, layout: Layout) -> RunConfig:
 def _stages(config: RunConfig, plan: Plan) -> list[StagePlan] | None:
     """All stages of a changed configuration, or None where one is refused or does not fit."""
     for stage in plan.stages:
-        layout = fit.layout_of_stage(config, stage.name)
-        worst = worst_stage(fit.shape_of_stage(config, stage.name), layout)
-        if fit.refusal(config, stage.name, layout) or worst.needed > plan.gpu.memory_bytes:
+        if fit.refusal(config, stage.name, fit.layout_of_stage(config, stage.name)):
+            return None
+        if fit.memory_of_stage(config, stage.name).needed > plan.gpu.memory_bytes:
             return None
     return [stage_plan(config, stage.name, plan.hardware, plan.gpu) for stage in plan.stages]
 
