@@ -24,7 +24,7 @@ from parallel.plan.operations import (
     site_gpu,
 )
 from parallel.plan.search import Candidate, search
-from parallel.plan.shapes import Shape, Teacher
+from parallel.plan.shapes import Shape, Teacher, shape_of
 from parallel.plan.throughput import StepTime
 from parallel.plan.traffic import AxisTraffic, traffic
 from recipes import fit, rules_layout, rules_stages
@@ -207,7 +207,7 @@ def stage_plan(
     return StagePlan(
         name=name,
         kind=config.stages[name].kind,
-        model=config.model.name,
+        model=config.model.name if shape == shape_of(config.model) else f"smaller {config.model.name}",
         shape=shape,
         teacher=teacher,
         layout=layout,

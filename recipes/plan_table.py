@@ -14,7 +14,7 @@ from recipes.plan_remedies import Remedy
 from train.quantities import byte_size, count, duration, percent
 
 BAR_WIDTH = 60
-PART_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white", "bright_black")
+PART_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white", "bright_black", "bright_blue")
 MFU_CONVENTION = "model FLOPs over the dense bf16 peak: causal attention counted half, no recomputation"
 
 
@@ -56,7 +56,7 @@ def _stages(plan: Plan) -> Table:
 def _rows(plan: Plan, stage: StagePlan) -> dict[str, str]:
     training, saves = stage.step, stage.saves
     rows = {
-        "model": f"{stage.model}, {count(stage.shape.num_parameters)} parameters",
+        "model": model_of(stage),
         "layout": axes(stage.layout),
         "batch": (
             f"{stage.layout.global_batch:,} x {stage.layout.sequence:,} tokens, "
@@ -83,11 +83,18 @@ def _rows(plan: Plan, stage: StagePlan) -> dict[str, str]:
     }
     better = stage.better
     rows["faster"] = (
-        f"{percent(better.gain)} by {better.overrides}\n(needs {byte_size(better.worst.needed)} a GPU)"
+        f"{percent(better.gain)} by {axes(better.layout)}, micro-batches of {better.layout.micro_batch}, recompute "
+        f"{better.layout.recompute} ({byte_size(better.worst.needed)} a GPU)"
         if better
         else "no other layout is, by more than 1 %"
     )
     return rows
+
+
+def model_of(stage: StagePlan) -> str:
+    """The model a stage trains, and its teacher."""
+    told = f"{stage.model}, {count(stage.shape.num_parameters)} parameters"
+    return told if stage.teacher is None else f"{told}, taught by {count(stage.teacher.shape.num_parameters)}"
 
 
 def axes(layout: Layout) -> str:
@@ -100,11 +107,11 @@ def _print_memory(console: Console, plan: Plan, stage: StagePlan) -> None:
     """One bar: a GPU's memory, and what is in it."""
     scale = BAR_WIDTH / plan.gpu.memory_bytes
     bar, legend, upto, filled = Text(), Text(), 0.0, 0
-    for (part, size), colour in zip(stage.worst.parts.items(), PART_COLOURS, strict=True):
+    for (part, size), colour in zip(stage.worst.parts.items(), PART_COLOURS, strict=False):
         upto += size * scale
         bar.append("#" * (round(upto) - filled), style=colour)
         filled = round(upto)
-        legend.append(f"{part} {byte_size(size)}  ", style=colour)
+        legend.append(f"{part} {byte_size(size)}  " if size else "", style=colour)
     bar.append("." * (BAR_WIDTH - filled), style="dim")
     console.print(Text.assemble((f"memory a GPU, {stage.name}  ", "dim"), bar))
     console.print(legend)

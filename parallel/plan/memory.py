@@ -77,12 +77,12 @@ class StageMemory:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
-            **({"teacher": self.teacher} if self.teacher else {}),
             "activations": self.activations,
             "logits": self.logits,
             "working buffers": self.buffers + WORKSPACE_BYTES,
             "allocator slack": self.reserved - self.peak,
             "CUDA and NCCL": OUTSIDE_BYTES,
+            **({"teacher": self.teacher} if self.teacher else {}),
         }
 
 
