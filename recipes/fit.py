@@ -6,6 +6,7 @@ of `rules_layout.py` allow it and the fullest pipeline stage needs no more than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -156,32 +157,44 @@ def task_of(config: RunConfig, name: str, gpu: Gpu) -> Task:
     )
 
 
-def changes_that_fit(config: RunConfig, name: str, gpu: Gpu, most: int = 3) -> list[Change]:
+def changes_that_fit(config: RunConfig, name: str, gpu: Gpu, *, below: float = math.inf, most: int = 3) -> list[Change]:
     """Layouts of the same GPUs in which all stages fit: the fastest with one thing changed, then the best of all.
 
     Args:
         config: resolved.
         name: the stage whose micro-batch and speed count.
-        gpu: what it must fit.
+        gpu: what every stage must fit.
+        below: bytes that the named stage may need at most.
         most: changes looked for.
     """
-    changes = (_change(config, name, gpu, layout) for layout in _neighbours(layout_of_stage(config, name)))
+    changes = (_change(config, name, gpu, layout, below) for layout in _neighbours(layout_of_stage(config, name)))
     found = sorted((change for change in changes if change is not None), key=lambda change: change.seconds)
     if len(found) < most:
-        front = search(task_of(config, name, gpu), lambda layout: refusal(config, name, layout)).front
-        changes = (_change(config, name, gpu, each.layout) for each in front)
+        roomy = replace(gpu, memory_bytes=min(gpu.memory_bytes, below))
+        front = search(task_of(config, name, roomy), lambda layout: refusal(config, name, layout)).front
+        changes = (_change(config, name, gpu, each.layout, below) for each in front)
         found += [change for change in changes if change is not None]
-    return list({change.overrides: change for change in found}.values())[:most]
+    return _smallest(found)[:most]
 
 
-def _change(config: RunConfig, name: str, gpu: Gpu, layout: Layout) -> Change | None:
+def _smallest(changes: list[Change]) -> list[Change]:
+    """Those that do not type all of another one before them, and more."""
+    kept: list[Change] = []
+    for change in changes:
+        words = set(change.overrides.split())
+        if not any(words >= set(other.overrides.split()) for other in kept):
+            kept.append(change)
+    return kept
+
+
+def _change(config: RunConfig, name: str, gpu: Gpu, layout: Layout, below: float) -> Change | None:
     if refusal(config, name, layout) is not None:
         return None
     at = with_layout(config, name, layout)
     fullest = fullest_of(at)
     assert fullest is not None, "the stage itself trains"
     worst = fullest[1]
-    if worst.needed > gpu.memory_bytes:
+    if worst.needed > gpu.memory_bytes or memory_of_stage(at, name).needed > below:
         return None
     overrides = overrides_to(config, name, layout)
     return Change(overrides=overrides, worst=worst, seconds=step_of_stage(at, name, gpu).seconds)
