@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from conf.schema import RunConfig
@@ -22,7 +23,7 @@ from parallel.plan.throughput import StepTime, step_time
 from recipes import rules_engine, rules_experts, rules_layout
 from recipes.machine import Machine
 from recipes.rules_layout import trainings_of
-from recipes.stage_models import distillation_of, model_of_stage, teacher_of_stage
+from recipes.stage_models import distillation_of, model_of_stage, models_of, teacher_of_stage
 from train.quantities import byte_size
 
 NOBODY = Machine(cores=1, memory_bytes=0)
@@ -102,6 +103,14 @@ def refusal(config: RunConfig, name: str, layout: Layout) -> str | None:
     return next((problem.path for problem in found), None)
 
 
+def refusal_in_place(config: RunConfig, name: str, layout: Layout) -> str | None:
+    """The same, and none that changes what is trained: smaller models take shapes that the axes divide."""
+    reason = refusal(config, name, layout)
+    if reason is None and models_of(with_layout(config, name, layout)) != models_of(config):
+        return "models"
+    return reason
+
+
 def _recompute(layout: Layout) -> Literal["none", "selective", "full"]:
     """The engine's name: its selective recomputation is that of the feed-forward layers."""
     return "selective" if layout.recompute == "mlp" else layout.recompute
@@ -171,7 +180,7 @@ def changes_that_fit(config: RunConfig, name: str, gpu: Gpu, *, below: float = m
     found = sorted((change for change in changes if change is not None), key=lambda change: change.seconds)
     if len(found) < most:
         roomy = replace(gpu, memory_bytes=min(gpu.memory_bytes, below))
-        front = search(task_of(config, name, roomy), lambda layout: refusal(config, name, layout)).front
+        front = search(task_of(config, name, roomy), partial(refusal_in_place, config, name)).front
         changes = (_change(config, name, gpu, each.layout, below) for each in front)
         found += [change for change in changes if change is not None]
     return _smallest(found)[:most]
@@ -188,7 +197,7 @@ def _smallest(changes: list[Change]) -> list[Change]:
 
 
 def _change(config: RunConfig, name: str, gpu: Gpu, layout: Layout, below: float) -> Change | None:
-    if refusal(config, name, layout) is not None:
+    if refusal_in_place(config, name, layout) is not None:
         return None
     at = with_layout(config, name, layout)
     fullest = fullest_of(at)

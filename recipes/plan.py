@@ -7,6 +7,7 @@ is every stage that trains; evaluation and export take minutes at full size and 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from conf.errors import ConfigError, Problem
 from conf.schema import Budget, HardwareConfig, RunConfig
@@ -23,7 +24,7 @@ from parallel.plan.operations import (
     saving,
     site_gpu,
 )
-from parallel.plan.search import Candidate, search
+from parallel.plan.search import search
 from parallel.plan.shapes import Shape, Teacher, shape_of
 from parallel.plan.throughput import StepTime
 from parallel.plan.traffic import AxisTraffic, traffic
@@ -221,23 +222,18 @@ def stage_plan(
         best_goodput=best_useful,
         power=power(hardware, gpu, num_gpus, step),
         pipeline=memory(shape, layout, teacher),
-        traffic=traffic(shape, layout, gpu),
+        traffic=traffic(shape, layout, gpu, teacher),
         better=_better(config, name, gpu, step) if look_further else None,
         failures=seconds / DAY * num_gpus / hardware.gpu_days_per_failure,
         seconds=seconds,
     )
 
 
-def best_layout(config: RunConfig, name: str, gpu: Gpu) -> Candidate | None:
-    """The fastest layout of the same GPUs that fits and that the rules allow."""
-    front = search(fit.task_of(config, name, gpu), lambda layout: fit.refusal(config, name, layout)).front
-    return front[0] if front else None
-
-
 def _better(config: RunConfig, name: str, gpu: Gpu, step: StepTime) -> Better | None:
-    best = best_layout(config, name, gpu)
-    if best is None or step.seconds < (1 + WORTH_CHANGING) * best.step.seconds:
+    front = search(fit.task_of(config, name, gpu), partial(fit.refusal_in_place, config, name)).front
+    if not front or step.seconds < (1 + WORTH_CHANGING) * front[0].step.seconds:
         return None
+    best = front[0]
     return Better(
         overrides=fit.overrides_to(config, name, best.layout),
         layout=best.layout,
@@ -295,11 +291,11 @@ def _possible_layouts(config: RunConfig, gpu: Gpu, names: list[str]) -> list[Pro
     )
     found = []
     for name in names:
-        best = best_layout(whole, name, gpu)
-        if best is None:
+        front = search(fit.task_of(whole, name, gpu), partial(fit.refusal, whole, name)).front
+        if not front:
             found.append(Problem("cluster.num_nodes", f"is {cluster.num_nodes}. {fit.nothing_fits(whole, name, gpu)}"))
             continue
-        at = best.layout
+        at = front[0].layout
         found.append(
             Problem(
                 "engine.mesh",

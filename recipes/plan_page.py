@@ -16,7 +16,7 @@ from recipes.plan_drawing import (
     scaling_curve,
 )
 from recipes.plan_remedies import Remedy
-from recipes.plan_table import MFU_CONVENTION, axes, model_of
+from recipes.plan_table import MFU_CONVENTION, axes, layout_told, model_of
 from recipes.scaling import Point
 from train.quantities import byte_size, count, duration, percent
 from train.report_style import page, table
@@ -189,10 +189,7 @@ def _numbers(stage: StagePlan) -> str:
         ["energy", f"{stage.energy_mwh:,.0f} MWh"],
     ]
     if better:
-        told = (
-            f"{percent(better.gain)}: <code>{escape(better.overrides)}</code> ({byte_size(better.worst.needed)} a GPU)"
-        )
-        rows.append(["a faster layout", told])
+        rows.append(["a faster layout", escape(layout_told(better))])
     return table(["", ""], rows)
 
 

@@ -64,6 +64,8 @@ def test_distilling_stages_pay_for_their_teachers_and_train_smaller_models():
         assert stage.teacher.shape == whole.shape
         assert stage.step.teacher == pytest.approx(whole.step.seconds / 3, rel=0.05)
         assert stage.worst.teacher >= 2 * whole.shape.num_parameters / 16
+        sent = {each.axis: each.step_bytes for each in stage.traffic}
+        assert sent["tensor"] > 0.4 * next(each.step_bytes for each in whole.traffic if each.axis == "tensor")
     assert stages["continued"].step == whole.step and stages["continued"].teacher is None
 
 
