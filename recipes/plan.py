@@ -289,20 +289,25 @@ def _possible_layouts(config: RunConfig, gpu: Gpu, names: list[str]) -> list[Pro
             config.engine, mesh=replace(mesh, tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=num_gpus)
         ),
     )
-    found = []
-    for name in names:
-        front = search(fit.task_of(whole, name, gpu), partial(fit.refusal, whole, name)).front
-        if not front:
-            found.append(Problem("cluster.num_nodes", f"is {cluster.num_nodes}. {fit.nothing_fits(whole, name, gpu)}"))
-            continue
-        at = front[0].layout
-        found.append(
-            Problem(
-                "engine.mesh",
-                f"the fastest for '{name}' on {num_gpus} {gpu.name} is engine.mesh.tensor={at.tensor} "
-                f"engine.mesh.context={at.context} engine.mesh.pipeline={at.pipeline} "
-                f"engine.mesh.virtual_pipeline={at.virtual_pipeline} "
-                f"stages.{name}.training.micro_batch={at.micro_batch}.",
-            )
+    fullest = fit.fullest_of(whole)
+    assert fullest is not None, "a plan has a stage that trains"
+    name = fullest[0]
+
+    def refuses(layout: Layout) -> str | None:
+        at = fit.with_layout(whole, name, layout)
+        too_large = any(fit.memory_of_stage(at, each).needed > gpu.memory_bytes for each in names)
+        return "memory" if too_large else fit.refusal(whole, name, layout)
+
+    front = search(fit.task_of(whole, name, gpu), refuses).front
+    if not front:
+        return [Problem("cluster.num_nodes", f"is {cluster.num_nodes}. {fit.nothing_fits(whole, name, gpu)}")]
+    at = front[0].layout
+    return [
+        Problem(
+            "engine.mesh",
+            f"the fastest for '{name}' on {num_gpus} {gpu.name} is engine.mesh.tensor={at.tensor} "
+            f"engine.mesh.context={at.context} engine.mesh.pipeline={at.pipeline} "
+            f"engine.mesh.virtual_pipeline={at.virtual_pipeline} "
+            f"stages.{name}.training.micro_batch={at.micro_batch}.",
         )
-    return found
+    ]

@@ -76,7 +76,9 @@ def _interval(plan: Plan) -> Iterator[Remedy]:
 
 def _tokens(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
     share = plan.budget.days / plan.days
-    tokens = {stage.name: _rounded_down(stage.tokens * share) for stage in plan.stages}
+    # A control at equal FLOPs takes the tokens that follow from another stage's.
+    own = [stage for stage in plan.stages if getattr(config.stages[stage.name], "flops_of", None) is None]
+    tokens = {stage.name: _rounded_down(stage.tokens * share) for stage in own}
     if share <= 0 or any(count < trainings_of(config)[name].tokens_per_step for name, count in tokens.items()):
         return
     overrides = " ".join(f"stages.{name}.training.tokens={count:.3g}" for name, count in tokens.items())

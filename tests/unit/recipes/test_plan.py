@@ -80,6 +80,21 @@ def test_controls_cost_their_time_where_they_run():
     assert flops[1] == pytest.approx(flops[0], rel=1e-3)
 
 
+def test_fewer_tokens_meet_the_budget_with_controls_too():
+    typed = ("recipe=business_module", "cluster=h200_ray", "controls=true")
+    made, config = plan(resolved(*typed)), resolved(*typed)
+    fewer = next(remedy for remedy in remedies(config, made) if "fewer tokens" in remedy.what)
+    assert "flops.training.tokens" not in fewer.overrides
+    assert plan(resolved(*typed, *fewer.overrides.split())).days == pytest.approx(made.budget.days, rel=0.03)
+
+
+def test_a_mesh_that_does_not_divide_a_module_is_told_one_that_holds_all_its_stages():
+    typed = ("recipe=business_module", "cluster=h200_ray", "cluster.num_nodes=6")
+    told = refusal(*typed)
+    (best,) = re.findall(r"fastest for 'specialise' on 48 H200 is (.*)\.$", told, re.MULTILINE)
+    assert {stage.name for stage in plan(resolved(*typed, *best.split())).stages} >= {"recover", "distill"}
+
+
 def test_a_module_is_shown_with_its_teachers(tmp_path, capsys):
     make_plan(resolved("recipe=business_module", "cluster=h200_slurm", f"runs_dir={tmp_path}"), make_console())
     shown = " ".join(capsys.readouterr().out.split())
