@@ -125,7 +125,6 @@ class Trial:
             sequence_parallel=self.sequence_parallel and self.tensor > 1,
             zero_stage=self.zero_stage,
             offload_optimizer="none",
-            nvme_path=None,
             overlap=self.zero_stage > 0,
             recompute=self.recompute,  # type: ignore[arg-type]
         )

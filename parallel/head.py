@@ -91,7 +91,8 @@ class _Head(torch.autograd.Function):
             gradient_BSD[:, part] = logits_gradient @ weight_VD
             accumulate_product(hidden.flatten(0, 1), logits_gradient.flatten(0, 1), weight_VD.main_grad)  # type: ignore[attr-defined]
         assert totals is not None
-        ctx.save_for_backward(gradient_BSD, weight_VD)
+        ctx.save_for_backward(gradient_BSD)
+        ctx.weight_VD = weight_VD  # not saved: hooks of saved tensors give back one without Megatron's marks
         # Copies: Megatron refuses to free a loss that is a view of another tensor.
         loss, *others = (each.clone() for each in totals.unbind())
         ctx.mark_non_differentiable(*others)
@@ -99,7 +100,8 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        gradient_BSD, weight_VD = ctx.saved_tensors
+        (gradient_BSD,) = ctx.saved_tensors
+        weight_VD = ctx.weight_VD
         # Where the weight is the embedding's too, that gives a gradient, which must be added to what is there.
         is_tied = not weight_VD.grad_added_to_main_grad
         return gradient_BSD, None if is_tied else torch.empty_like(weight_VD), None, None, None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from conf.schema import ControlStage, TrainingConfig
 from parallel.initial import InitialWeights
 from recipes.pretrain import train_stage
-from recipes.recover import forward_flops
 from recipes.stage import StageInput, StageOutput, parent_of
+from recipes.stage_models import at_equal_flops
 
 
 def train_control(given: StageInput, stage: ControlStage) -> StageOutput:
@@ -17,7 +15,7 @@ def train_control(given: StageInput, stage: ControlStage) -> StageOutput:
     model = origin.manifest.provenance.model
     training = stage.training
     if stage.flops_of is not None:
-        training = at_equal_flops(given, training, stage.flops_of)
+        training = at_flops_of(given, training, stage.flops_of)
     return train_stage(
         given,
         training,
@@ -27,12 +25,9 @@ def train_control(given: StageInput, stage: ControlStage) -> StageOutput:
     )
 
 
-def at_equal_flops(given: StageInput, training: TrainingConfig, other: str) -> TrainingConfig:
-    """The training of a distilling stage's student without its teacher, for as many FLOPs as with it."""
+def at_flops_of(given: StageInput, training: TrainingConfig, other: str) -> TrainingConfig:
+    """The training for the FLOPs of a distilling stage, from the models there are."""
     distilled = given.context.config.stages[other]
     student = given.open_model(other).manifest.provenance.model
     teacher = given.open_model(distilled.distillation.teacher).manifest.provenance.model  # type: ignore[union-attr]
-    length = training.sequence_length
-    own = student.train_flops_per_token(length)
-    tokens = distilled.training.tokens * (own + forward_flops(teacher, length)) / own  # type: ignore[union-attr]
-    return replace(training, tokens=round(tokens))
+    return at_equal_flops(training, distilled.training, student=student, teacher=teacher)  # type: ignore[union-attr]

@@ -11,8 +11,8 @@ from parallel.shapes import student_shape
 from recipes.pretrain import train_stage
 from recipes.prune import importance_of, pruned_weights, with_shape
 from recipes.recover import taught_by
-from recipes.rules_compression import grid_of
 from recipes.stage import StageInput, StageOutput, parent_of
+from recipes.stage_models import grid_of
 from train.checkpoint import Checkpoint
 
 

@@ -6,8 +6,10 @@ of `rules_layout.py` allow it and the fullest pipeline stage needs no more than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from conf.schema import RunConfig
@@ -16,11 +18,12 @@ from parallel.plan.hardware import Gpu
 from parallel.plan.layout import Layout, Recompute, Sharding
 from parallel.plan.memory import StageMemory
 from parallel.plan.search import Task, search, smallest_cluster, worst_stage
-from parallel.plan.shapes import Shape, shape_of
-from parallel.plan.throughput import step_time
+from parallel.plan.shapes import Shape, Teacher, shape_of
+from parallel.plan.throughput import StepTime, step_time
 from recipes import rules_engine, rules_experts, rules_layout
 from recipes.machine import Machine
 from recipes.rules_layout import trainings_of
+from recipes.stage_models import distillation_of, model_of_stage, models_of, teacher_of_stage
 from train.quantities import byte_size
 
 NOBODY = Machine(cores=1, memory_bytes=0)
@@ -30,8 +33,33 @@ LAYOUT_RULES = (*rules_layout.RULES, *rules_engine.RULES, *rules_experts.RULES)
 
 
 def shape_of_stage(config: RunConfig, name: str) -> Shape:
-    """The model a stage trains."""
-    return shape_of(config.model)
+    """The model a stage trains: the pruned one while it recovers, the student while it is distilled."""
+    return shape_of(model_of_stage(config, name))
+
+
+def teaching_of_stage(config: RunConfig, name: str) -> Teacher | None:
+    """The model a stage learns from, on the same ranks, where it learns from one."""
+    distillation, teacher = distillation_of(config.stages[name]), teacher_of_stage(config, name)
+    if distillation is None or teacher is None:
+        return None
+    return Teacher(shape=shape_of(teacher), top_k=distillation.top_k)
+
+
+def memory_of_stage(config: RunConfig, name: str) -> StageMemory:
+    """Memory of the fullest pipeline rank of a training stage."""
+    return worst_stage(shape_of_stage(config, name), layout_of_stage(config, name), teaching_of_stage(config, name))
+
+
+def step_of_stage(config: RunConfig, name: str, gpu: Gpu) -> StepTime:
+    """Time of a step of a training stage, its teacher's part included."""
+    shape, layout = shape_of_stage(config, name), layout_of_stage(config, name)
+    return step_time(shape, layout, gpu, teacher=teaching_of_stage(config, name))
+
+
+def fullest_of(config: RunConfig) -> tuple[str, StageMemory] | None:
+    """The training stage that needs most of a GPU; None where none trains."""
+    needed = [(name, memory_of_stage(config, name)) for name in trainings_of(config)]
+    return max(needed, key=lambda each: each[1].needed, default=None)
 
 
 def layout_of_stage(config: RunConfig, name: str) -> Layout:
@@ -75,6 +103,14 @@ def refusal(config: RunConfig, name: str, layout: Layout) -> str | None:
     return next((problem.path for problem in found), None)
 
 
+def refusal_in_place(config: RunConfig, name: str, layout: Layout) -> str | None:
+    """The same, and none that changes what is trained: smaller models take shapes that the axes divide."""
+    reason = refusal(config, name, layout)
+    if reason is None and models_of(with_layout(config, name, layout)) != models_of(config):
+        return "models"
+    return reason
+
+
 def _recompute(layout: Layout) -> Literal["none", "selective", "full"]:
     """The engine's name: its selective recomputation is that of the feed-forward layers."""
     return "selective" if layout.recompute == "mlp" else layout.recompute
@@ -104,10 +140,11 @@ def overrides_to(config: RunConfig, name: str, layout: Layout) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A layout that fits where the configured one does not."""
+    """A layout in which all stages fit, where they do not in the configured one."""
 
     overrides: str
     worst: StageMemory
+    """Of the fullest stage then."""
     seconds: float
     """Of a step."""
 
@@ -117,6 +154,7 @@ def task_of(config: RunConfig, name: str, gpu: Gpu) -> Task:
     layout = layout_of_stage(config, name)
     return Task(
         shape=shape_of_stage(config, name),
+        teacher=teaching_of_stage(config, name),
         gpu=gpu,
         num_gpus=layout.num_gpus,
         global_batch=layout.global_batch,
@@ -128,24 +166,47 @@ def task_of(config: RunConfig, name: str, gpu: Gpu) -> Task:
     )
 
 
-def changes_that_fit(config: RunConfig, name: str, gpu: Gpu, most: int = 3) -> list[Change]:
-    """Layouts of the same GPUs that fit: the fastest with one thing changed, then the best of all."""
-    shape, now = shape_of_stage(config, name), layout_of_stage(config, name)
-    found = []
-    for layout in _neighbours(now):
-        if refusal(config, name, layout) is None:
-            worst = worst_stage(shape, layout)
-            if worst.needed <= gpu.memory_bytes:
-                seconds = step_time(shape, layout, gpu).seconds
-                found.append(Change(overrides=overrides_to(config, name, layout), worst=worst, seconds=seconds))
-    found.sort(key=lambda change: change.seconds)
+def changes_that_fit(config: RunConfig, name: str, gpu: Gpu, *, below: float = math.inf, most: int = 3) -> list[Change]:
+    """Layouts of the same GPUs in which all stages fit: the fastest with one thing changed, then the best of all.
+
+    Args:
+        config: resolved.
+        name: the stage whose micro-batch and speed count.
+        gpu: what every stage must fit.
+        below: bytes that the named stage may need at most.
+        most: changes looked for.
+    """
+    changes = (_change(config, name, gpu, layout, below) for layout in _neighbours(layout_of_stage(config, name)))
+    found = sorted((change for change in changes if change is not None), key=lambda change: change.seconds)
     if len(found) < most:
-        front = search(task_of(config, name, gpu), lambda layout: refusal(config, name, layout)).front
-        found += [
-            Change(overrides=overrides_to(config, name, each.layout), worst=each.worst, seconds=each.step.seconds)
-            for each in front
-        ]
-    return list({change.overrides: change for change in found}.values())[:most]
+        roomy = replace(gpu, memory_bytes=min(gpu.memory_bytes, below))
+        front = search(task_of(config, name, roomy), partial(refusal_in_place, config, name)).front
+        changes = (_change(config, name, gpu, each.layout, below) for each in front)
+        found += [change for change in changes if change is not None]
+    return _smallest(found)[:most]
+
+
+def _smallest(changes: list[Change]) -> list[Change]:
+    """Those that do not type all of another one before them, and more."""
+    kept: list[Change] = []
+    for change in changes:
+        words = set(change.overrides.split())
+        if not any(words >= set(other.overrides.split()) for other in kept):
+            kept.append(change)
+    return kept
+
+
+def _change(config: RunConfig, name: str, gpu: Gpu, layout: Layout, below: float) -> Change | None:
+    if refusal_in_place(config, name, layout) is not None:
+        return None
+    at = with_layout(config, name, layout)
+    fullest = fullest_of(at)
+    assert fullest is not None, "the stage itself trains"
+    worst = fullest[1]
+    if worst.needed > gpu.memory_bytes or memory_of_stage(at, name).needed > below:
+        return None
+    overrides = overrides_to(config, name, layout)
+    return Change(overrides=overrides, worst=worst, seconds=step_of_stage(at, name, gpu).seconds)
 
 
 def _neighbours(layout: Layout) -> Iterator[Layout]:
@@ -168,8 +229,12 @@ def _neighbours(layout: Layout) -> Iterator[Layout]:
             yield replace(layout, context=layout.context * factor, data=data)
 
 
-def told_memory(config: RunConfig, name: str, gpu: Gpu, worst: StageMemory) -> str:
-    """That a stage does not fit: its memory by part, and three changes that would."""
+def told_memory(config: RunConfig, gpu: Gpu) -> str | None:
+    """That the fullest stage does not fit, its memory by part, and three changes with which all would; or None."""
+    fullest = fullest_of(config)
+    if fullest is None or fullest[1].needed <= gpu.memory_bytes:
+        return None
+    name, worst = fullest
     parts = ", ".join(f"{part} {byte_size(size)}" for part, size in worst.parts.items())
     changes = changes_that_fit(config, name, gpu)
     told = (f"{change.overrides} ({byte_size(change.worst.needed)})" for change in changes)

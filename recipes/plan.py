@@ -7,6 +7,7 @@ is every stage that trains; evaluation and export take minutes at full size and 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from conf.errors import ConfigError, Problem
 from conf.schema import Budget, HardwareConfig, RunConfig
@@ -23,12 +24,13 @@ from parallel.plan.operations import (
     saving,
     site_gpu,
 )
-from parallel.plan.search import Candidate, search, worst_stage
-from parallel.plan.shapes import Shape
-from parallel.plan.throughput import StepTime, step_time
+from parallel.plan.search import search
+from parallel.plan.shapes import Shape, Teacher, shape_of
+from parallel.plan.throughput import StepTime
 from parallel.plan.traffic import AxisTraffic, traffic
 from recipes import fit, rules_layout, rules_stages
 from recipes.rules_layout import trainings_of
+from recipes.stage_models import training_of_stage
 
 WORTH_CHANGING = 0.01
 """A layout that gains less is within the noise of the model."""
@@ -54,6 +56,7 @@ class StagePlan:
     kind: str
     model: str
     shape: Shape
+    teacher: Teacher | None
     layout: Layout
     worst: StageMemory
     step: StepTime
@@ -192,9 +195,9 @@ def stage_plan(
     config: RunConfig, name: str, hardware: HardwareConfig, gpu: Gpu, *, look_further: bool = False
 ) -> StagePlan:
     """The plan of one stage; a better layout is looked for only if asked."""
-    training, layout = trainings_of(config)[name], fit.layout_of_stage(config, name)
-    shape = fit.shape_of_stage(config, name)
-    step = step_time(shape, layout, gpu)
+    training, layout = training_of_stage(config, name), fit.layout_of_stage(config, name)
+    shape, teacher = fit.shape_of_stage(config, name), fit.teaching_of_stage(config, name)
+    step = fit.step_of_stage(config, name, gpu)
     num_gpus = layout.num_gpus
     training_seconds = training.num_steps * step.seconds
     interval = (training.checkpoint_every_steps or training.num_steps) * step.seconds
@@ -205,10 +208,11 @@ def stage_plan(
     return StagePlan(
         name=name,
         kind=config.stages[name].kind,
-        model=config.model.name,
+        model=config.model.name if shape == shape_of(config.model) else f"smaller {config.model.name}",
         shape=shape,
+        teacher=teacher,
         layout=layout,
-        worst=worst_stage(shape, layout),
+        worst=fit.memory_of_stage(config, name),
         step=step,
         tokens=training.num_steps * training.tokens_per_step,
         num_steps=training.num_steps,
@@ -217,24 +221,19 @@ def stage_plan(
         goodput=useful,
         best_goodput=best_useful,
         power=power(hardware, gpu, num_gpus, step),
-        pipeline=memory(shape, layout),
-        traffic=traffic(shape, layout, gpu),
+        pipeline=memory(shape, layout, teacher),
+        traffic=traffic(shape, layout, gpu, teacher),
         better=_better(config, name, gpu, step) if look_further else None,
         failures=seconds / DAY * num_gpus / hardware.gpu_days_per_failure,
         seconds=seconds,
     )
 
 
-def best_layout(config: RunConfig, name: str, gpu: Gpu) -> Candidate | None:
-    """The fastest layout of the same GPUs that fits and that the rules allow."""
-    front = search(fit.task_of(config, name, gpu), lambda layout: fit.refusal(config, name, layout)).front
-    return front[0] if front else None
-
-
 def _better(config: RunConfig, name: str, gpu: Gpu, step: StepTime) -> Better | None:
-    best = best_layout(config, name, gpu)
-    if best is None or step.seconds < (1 + WORTH_CHANGING) * best.step.seconds:
+    front = search(fit.task_of(config, name, gpu), partial(fit.refusal_in_place, config, name)).front
+    if not front or step.seconds < (1 + WORTH_CHANGING) * front[0].step.seconds:
         return None
+    best = front[0]
     return Better(
         overrides=fit.overrides_to(config, name, best.layout),
         layout=best.layout,
@@ -272,12 +271,9 @@ def _require_layout(config: RunConfig, gpu: Gpu, names: list[str]) -> None:
     problems = [problem for rule in rules for problem in rule(config, fit.NOBODY)]
     if problems:
         raise ConfigError([*problems, *_possible_layouts(config, gpu, names)])
-    for name in names:
-        worst = worst_stage(fit.shape_of_stage(config, name), fit.layout_of_stage(config, name))
-        if worst.needed > gpu.memory_bytes:
-            problems.append(Problem("engine.mesh", fit.told_memory(config, name, gpu, worst)))
-    if problems:
-        raise ConfigError(problems)
+    told = fit.told_memory(config, gpu)
+    if told is not None:
+        raise ConfigError([Problem("engine.mesh", told)])
 
 
 def _possible_layouts(config: RunConfig, gpu: Gpu, names: list[str]) -> list[Problem]:
@@ -293,20 +289,25 @@ def _possible_layouts(config: RunConfig, gpu: Gpu, names: list[str]) -> list[Pro
             config.engine, mesh=replace(mesh, tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=num_gpus)
         ),
     )
-    found = []
-    for name in names:
-        best = best_layout(whole, name, gpu)
-        if best is None:
-            found.append(Problem("cluster.num_nodes", f"is {cluster.num_nodes}. {fit.nothing_fits(whole, name, gpu)}"))
-            continue
-        at = best.layout
-        found.append(
-            Problem(
-                "engine.mesh",
-                f"the fastest for '{name}' on {num_gpus} {gpu.name} is engine.mesh.tensor={at.tensor} "
-                f"engine.mesh.context={at.context} engine.mesh.pipeline={at.pipeline} "
-                f"engine.mesh.virtual_pipeline={at.virtual_pipeline} "
-                f"stages.{name}.training.micro_batch={at.micro_batch}.",
-            )
+    fullest = fit.fullest_of(whole)
+    assert fullest is not None, "a plan has a stage that trains"
+    name = fullest[0]
+
+    def refuses(layout: Layout) -> str | None:
+        at = fit.with_layout(whole, name, layout)
+        too_large = any(fit.memory_of_stage(at, each).needed > gpu.memory_bytes for each in names)
+        return "memory" if too_large else fit.refusal(whole, name, layout)
+
+    front = search(fit.task_of(whole, name, gpu), refuses).front
+    if not front:
+        return [Problem("cluster.num_nodes", f"is {cluster.num_nodes}. {fit.nothing_fits(whole, name, gpu)}")]
+    at = front[0].layout
+    return [
+        Problem(
+            "engine.mesh",
+            f"the fastest for '{name}' on {num_gpus} {gpu.name} is engine.mesh.tensor={at.tensor} "
+            f"engine.mesh.context={at.context} engine.mesh.pipeline={at.pipeline} "
+            f"engine.mesh.virtual_pipeline={at.virtual_pipeline} "
+            f"stages.{name}.training.micro_batch={at.micro_batch}.",
         )
-    return found
+    ]

@@ -75,6 +75,7 @@ def _stage(stage: StagePlan, curve: tuple[Point, ...]) -> dict[str, object]:
         "kind": stage.kind,
         "model": stage.model,
         "num_parameters": stage.shape.num_parameters,
+        "teacher_parameters": stage.teacher.shape.num_parameters if stage.teacher else None,
         "layout": dataclasses.asdict(stage.layout) | {"stack": stage.layout.stack.name},
         "memory_bytes": [_memory(each) for each in stage.pipeline],
         "step_seconds": _step(stage.step),

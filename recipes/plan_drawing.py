@@ -29,6 +29,7 @@ PART_COLOURS = (
     "var(--source-4)",
     "var(--line)",
     "var(--muted)",
+    "var(--warn)",
 )
 AXIS_COLOURS = {
     "tensor": "var(--train)",

@@ -16,7 +16,7 @@ from recipes.plan_drawing import (
     scaling_curve,
 )
 from recipes.plan_remedies import Remedy
-from recipes.plan_table import MFU_CONVENTION, axes
+from recipes.plan_table import MFU_CONVENTION, axes, layout_told, model_of
 from recipes.scaling import Point
 from train.quantities import byte_size, count, duration, percent
 from train.report_style import page, table
@@ -40,6 +40,7 @@ STEP_PARTS = {
     "bubble": "pipeline bubble",
     "data_links": "gradients and weights",
     "optimizer": "optimizer, data, logging",
+    "teacher": "the teacher's forward passes",
 }
 
 
@@ -115,14 +116,13 @@ def _remedies(plan: Plan, remedies: Sequence[Remedy]) -> str:
 def _stage(plan: Plan, stage: StagePlan, curve: tuple[Point, ...]) -> Iterator[str]:
     layout, step = stage.layout, stage.step
     yield (
-        f"<h2>{escape(stage.name)}</h2><p class='said'>{escape(stage.model)}, {count(stage.shape.num_parameters)} "
-        f"parameters, {count(stage.tokens)} tokens in {stage.num_steps:,} steps of {step.seconds:.2f} s: "
-        f"{stage.seconds / DAY:.1f} days</p>"
+        f"<h2>{escape(stage.name)}</h2><p class='said'>{escape(model_of(stage))}; {count(stage.tokens)} tokens in "
+        f"{stage.num_steps:,} steps of {step.seconds:.2f} s: {stage.seconds / DAY:.1f} days</p>"
     )
     parts = {words: getattr(step, name) for name, words in STEP_PARTS.items()}
     parts = {words: seconds for words, seconds in parts.items() if seconds > 0}
     yield f'<div class="card"><h3>A step</h3>{bar_of_parts(parts, step.seconds, "s")}</div>'
-    biggest = {part: byte_size(size) for part, size in stage.worst.parts.items()}
+    biggest = {part: byte_size(size) if size else "none" for part, size in stage.worst.parts.items()}
     yield (
         f'<div class="card"><h3>Memory of a GPU, by pipeline rank</h3>'
         f"{memory_by_rank(stage.pipeline, plan.gpu.memory_bytes)}{legend(biggest)}"
@@ -189,10 +189,7 @@ def _numbers(stage: StagePlan) -> str:
         ["energy", f"{stage.energy_mwh:,.0f} MWh"],
     ]
     if better:
-        told = (
-            f"{percent(better.gain)}: <code>{escape(better.overrides)}</code> ({byte_size(better.worst.needed)} a GPU)"
-        )
-        rows.append(["a faster layout", told])
+        rows.append(["a faster layout", escape(layout_told(better))])
     return table(["", ""], rows)
 
 

@@ -10,7 +10,6 @@ from conf.schema import Budget, RunConfig
 from parallel.plan.hardware import with_power_limit
 from parallel.plan.layout import Layout
 from parallel.plan.operations import DAY
-from parallel.plan.search import worst_stage
 from recipes import fit
 from recipes.plan import Plan, StagePlan, stage_plan
 from recipes.rules_layout import trainings_of
@@ -77,7 +76,9 @@ def _interval(plan: Plan) -> Iterator[Remedy]:
 
 def _tokens(config: RunConfig, plan: Plan) -> Iterator[Remedy]:
     share = plan.budget.days / plan.days
-    tokens = {stage.name: _rounded_down(stage.tokens * share) for stage in plan.stages}
+    # A control at equal FLOPs takes the tokens that follow from another stage's.
+    own = [stage for stage in plan.stages if getattr(config.stages[stage.name], "flops_of", None) is None]
+    tokens = {stage.name: _rounded_down(stage.tokens * share) for stage in own}
     if share <= 0 or any(count < trainings_of(config)[name].tokens_per_step for name, count in tokens.items()):
         return
     overrides = " ".join(f"stages.{name}.training.tokens={count:.3g}" for name, count in tokens.items())
@@ -156,9 +157,9 @@ def _with_nodes(config: RunConfig, plan: Plan, layout: Layout) -> RunConfig:
 def _stages(config: RunConfig, plan: Plan) -> list[StagePlan] | None:
     """All stages of a changed configuration, or None where one is refused or does not fit."""
     for stage in plan.stages:
-        layout = fit.layout_of_stage(config, stage.name)
-        worst = worst_stage(fit.shape_of_stage(config, stage.name), layout)
-        if fit.refusal(config, stage.name, layout) or worst.needed > plan.gpu.memory_bytes:
+        if fit.refusal(config, stage.name, fit.layout_of_stage(config, stage.name)):
+            return None
+        if fit.memory_of_stage(config, stage.name).needed > plan.gpu.memory_bytes:
             return None
     return [stage_plan(config, stage.name, plan.hardware, plan.gpu) for stage in plan.stages]
 

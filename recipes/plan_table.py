@@ -9,12 +9,12 @@ from rich.text import Text
 
 from parallel.plan.layout import Layout
 from parallel.plan.operations import DAY
-from recipes.plan import Plan, StagePlan
+from recipes.plan import Better, Plan, StagePlan
 from recipes.plan_remedies import Remedy
 from train.quantities import byte_size, count, duration, percent
 
 BAR_WIDTH = 60
-PART_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white", "bright_black")
+PART_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white", "bright_black", "bright_blue")
 MFU_CONVENTION = "model FLOPs over the dense bf16 peak: causal attention counted half, no recomputation"
 
 
@@ -56,7 +56,7 @@ def _stages(plan: Plan) -> Table:
 def _rows(plan: Plan, stage: StagePlan) -> dict[str, str]:
     training, saves = stage.step, stage.saves
     rows = {
-        "model": f"{stage.model}, {count(stage.shape.num_parameters)} parameters",
+        "model": model_of(stage),
         "layout": axes(stage.layout),
         "batch": (
             f"{stage.layout.global_batch:,} x {stage.layout.sequence:,} tokens, "
@@ -82,12 +82,22 @@ def _rows(plan: Plan, stage: StagePlan) -> dict[str, str]:
         "energy": f"{stage.energy_mwh:,.0f} MWh, {stage.power.mean_mw:.2f} MW on average",
     }
     better = stage.better
-    rows["faster"] = (
-        f"{percent(better.gain)} by {better.overrides}\n(needs {byte_size(better.worst.needed)} a GPU)"
-        if better
-        else "no other layout is, by more than 1 %"
-    )
+    rows["faster"] = layout_told(better) if better else "no other layout is, by more than 1 %"
     return rows
+
+
+def layout_told(better: Better) -> str:
+    """A faster layout in words: what to type is among the remedies, where it is one for all stages."""
+    return (
+        f"{percent(better.gain)} by {axes(better.layout)}, micro-batches of {better.layout.micro_batch}, recompute "
+        f"{better.layout.recompute} ({byte_size(better.worst.needed)} a GPU)"
+    )
+
+
+def model_of(stage: StagePlan) -> str:
+    """The model a stage trains, and its teacher."""
+    told = f"{stage.model}, {count(stage.shape.num_parameters)} parameters"
+    return told if stage.teacher is None else f"{told}, taught by {count(stage.teacher.shape.num_parameters)}"
 
 
 def axes(layout: Layout) -> str:
@@ -100,11 +110,11 @@ def _print_memory(console: Console, plan: Plan, stage: StagePlan) -> None:
     """One bar: a GPU's memory, and what is in it."""
     scale = BAR_WIDTH / plan.gpu.memory_bytes
     bar, legend, upto, filled = Text(), Text(), 0.0, 0
-    for (part, size), colour in zip(stage.worst.parts.items(), PART_COLOURS, strict=True):
+    for (part, size), colour in zip(stage.worst.parts.items(), PART_COLOURS, strict=False):
         upto += size * scale
         bar.append("#" * (round(upto) - filled), style=colour)
         filled = round(upto)
-        legend.append(f"{part} {byte_size(size)}  ", style=colour)
+        legend.append(f"{part} {byte_size(size)}  " if size else "", style=colour)
     bar.append("." * (BAR_WIDTH - filled), style="dim")
     console.print(Text.assemble((f"memory a GPU, {stage.name}  ", "dim"), bar))
     console.print(legend)

@@ -22,9 +22,9 @@ from parallel.shapes import shapes_that_hold, size_of
 from parallel.weight_importance import magnitude_importance, random_importance
 from recipes.calibration import calibration_batches, search_batches
 from recipes.pretrain import mesh_of
-from recipes.rules_compression import grid_of
 from recipes.save import save_model
 from recipes.stage import StageInput, StageOutput, parent_of
+from recipes.stage_models import grid_of
 from train.checkpoint import Checkpoint
 from train.metrics import MetricsWriter
 from train.scores import Estimate, ratio

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from conf.schema import DistillationConfig, ModelConfig, RecoverStage, TrainingConfig
+from conf.schema import DistillationConfig, RecoverStage, TrainingConfig
 from parallel.distillation import Distillation, FromTeacher
 from parallel.engine import make_engine
 from recipes.pretrain import Lesson, mesh_of, train_stage
 from recipes.stage import StageInput, StageOutput, parent_of
+from recipes.stage_models import forward_flops
 from train.checkpoint import Checkpoint
 
 
@@ -51,8 +52,3 @@ def taught_by(
         yield Lesson(FromTeacher(engine, objective, distillation.top_k), forward_flops(model, training.sequence_length))
     finally:
         engine.close()
-
-
-def forward_flops(model: ModelConfig, sequence_length: int) -> float:
-    """Model FLOPs of a forward pass for one token: a third of a training step's."""
-    return model.train_flops_per_token(sequence_length) / 3

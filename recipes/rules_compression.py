@@ -11,7 +11,6 @@ from conf.faults import did_you_mean
 from conf.schema import (
     CalibrationConfig,
     ControlStage,
-    DistillationConfig,
     DistillStage,
     EvaluateStage,
     ExportStage,
@@ -22,34 +21,25 @@ from conf.schema import (
     RunConfig,
     SearchConfig,
     ShapeConfig,
-    StageConfig,
-    TrainingStage,
 )
 from parallel.plan.divides import divisors
-from parallel.shapes import Grid, shapes_that_hold, size_of, smaller_shapes, student_shape, student_shapes
+from parallel.shapes import shapes_that_hold, size_of, smaller_shapes, student_shapes
 from recipes.machine import Machine
 from recipes.rules_layout import mesh_of, nearest_multiples
 from recipes.rules_place import gpu_of, state_bytes
+from recipes.stage_models import (
+    distillation_of,
+    grid_of,
+    makes_a_model,
+    model_of_stage,
+    stages_of,
+    teacher_of_stage,
+)
 from train.quantities import byte_size
 
 # Cut deeper at once, models are hard to recover (Muralidharan et al. 2024).
 DEEPEST_CUT = 0.5
 MOST_TENSOR_RANKS = 8
-
-
-def makes_a_model(stage: StageConfig | None) -> bool:
-    """Whether other stages can name its model."""
-    return isinstance(stage, TrainingStage | PruneStage | QuantiseStage)
-
-
-def is_control(stage: StageConfig) -> bool:
-    """Whether a stage's model is made to be compared with, and the recipe goes on with the one it had."""
-    return isinstance(stage, ControlStage) or (isinstance(stage, PruneStage) and stage.control)
-
-
-def stages_of(config: RunConfig) -> Iterator[tuple[str, StageConfig]]:
-    """Stages of the order that exist, in it."""
-    return ((name, config.stages[name]) for name in config.order if name in config.stages)
 
 
 def present(config: RunConfig, names: Iterable[str]) -> tuple[str, ...]:
@@ -58,11 +48,6 @@ def present(config: RunConfig, names: Iterable[str]) -> tuple[str, ...]:
     So a recipe can name all its models and be run in part; `stages_left_out` tells which are missing.
     """
     return tuple(name for name in names if name not in config.stages or name in config.order)
-
-
-def distillation_of(stage: StageConfig) -> DistillationConfig | None:
-    """How a stage learns from a teacher, where it does."""
-    return stage.distillation if isinstance(stage, RecoverStage | DistillStage) else None
 
 
 def calibrations_of(config: RunConfig) -> dict[str, CalibrationConfig]:
@@ -74,17 +59,6 @@ def calibrations_of(config: RunConfig) -> dict[str, CalibrationConfig]:
         elif isinstance(stage, DistillStage) and stage.student.start == "pruned":
             found[f"stages.{name}.student.calibration"] = stage.student.calibration
     return found
-
-
-def grid_of(config: RunConfig, hidden_multiple: int, ffn_multiple: int) -> Grid:
-    """Shapes that the run's mesh can hold."""
-    mesh = config.engine.mesh
-    return Grid(
-        hidden_multiple=hidden_multiple,
-        ffn_multiple=ffn_multiple,
-        kv_heads_multiple=mesh.tensor,
-        layers_multiple=mesh.pipeline * mesh.virtual_pipeline,
-    )
 
 
 def named_models_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -319,13 +293,13 @@ def teachers_fit_beside_students(config: RunConfig, machine: Machine) -> Iterato
         return
     have = int(gpu.memory_bytes)
     for name, stage in stages_of(config):
-        if distillation_of(stage) is None or (need := distilling_bytes(config, stage)) <= have:
+        if distillation_of(stage) is None or (need := distilling_bytes(config, name)) <= have:
             continue
         fits = next(
             (
                 f"engine.mesh.tensor={mesh.tensor} engine.mesh.pipeline={mesh.pipeline} would need {byte_size(least)}"
                 for mesh in other_layouts(config)
-                if (least := distilling_bytes(with_mesh(config, mesh), stage)) <= have
+                if (least := distilling_bytes(with_mesh(config, mesh), name)) <= have
             ),
             "no layout of so many ranks fits; use more GPUs, or a smaller teacher",
         )
@@ -351,24 +325,11 @@ def other_layouts(config: RunConfig) -> Iterator[MeshConfig]:
                 yield replace(mesh, tensor=tensor, pipeline=pipeline, data=data, virtual_pipeline=1)
 
 
-def distilling_bytes(config: RunConfig, stage: StageConfig) -> int:
-    """Least memory the fullest rank needs while it distils."""
-    student = config.model
-    if isinstance(stage, DistillStage):
-        grid = grid_of(config, stage.student.hidden_multiple, stage.student.ffn_multiple)
-        shape = stage.student.shape
-        student = (
-            student_shape(student, stage.student.ratio, grid) if shape is None else replace(student, **asdict(shape))
-        )
-        left = 1.0
-    else:
-        left = math.prod(
-            1.0 - each.search.removed
-            for _, each in stages_of(config)
-            if isinstance(each, PruneStage) and not each.control and each.search.measure == "parameters"
-        )
-    teacher = state_bytes(replace(config, order=()))
-    return teacher + int(left * state_bytes(replace(config, model=student)))
+def distilling_bytes(config: RunConfig, name: str) -> int:
+    """Least memory the fullest rank needs while a stage distils."""
+    teacher, student = teacher_of_stage(config, name), model_of_stage(config, name)
+    assert teacher is not None, "the stage has a teacher"
+    return state_bytes(replace(config, model=teacher, order=())) + state_bytes(replace(config, model=student))
 
 
 def cuts_are_shallow(config: RunConfig, machine: Machine) -> Iterator[Problem]:

@@ -17,7 +17,6 @@ from data.corpora import is_shipped, shipped
 from data.tokenizer import Tokenizer
 from parallel.plan.hardware import GPUS, Gpu, UnknownGpuError, gpu_named
 from parallel.plan.operations import site_gpu
-from parallel.plan.search import worst_stage
 from recipes import fit
 from recipes.machine import GIB, Machine, existing_parent
 from recipes.rules_layout import mesh_of, trainings_of
@@ -153,15 +152,13 @@ def device_is_there(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 
 
 def training_fits_in_memory(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """The fullest pipeline stage of every training stage fits its GPU, by the planner's memory model."""
+    """The fullest pipeline rank of every training stage fits its GPU, by the planner's memory model."""
     gpu = gpu_of(config, machine)
     if gpu is None:
         return
-    for name in trainings_of(config):
-        worst = worst_stage(fit.shape_of_stage(config, name), fit.layout_of_stage(config, name))
-        if worst.needed <= gpu.memory_bytes:
-            continue
-        yield Problem("engine.mesh", fit.told_memory(config, name, gpu, worst))
+    told = fit.told_memory(config, gpu)
+    if told is not None:
+        yield Problem("engine.mesh", told)
 
 
 def gpu_of(config: RunConfig, machine: Machine) -> Gpu | None:

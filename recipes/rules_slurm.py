@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from conf.errors import Problem
 from conf.schema import RunConfig, SlurmConfig
 from parallel.plan.hardware import UnknownGpuError, gpu_named
-from parallel.plan.layout import Layout
-from parallel.plan.shapes import shape_of
-from parallel.plan.throughput import step_time
+from recipes import fit
 from recipes.machine import Machine
-from recipes.rules_layout import mesh_of, trainings_of
+from recipes.rules_layout import trainings_of
 
 OURS = {
     "--nodes": "cluster.num_nodes",
@@ -116,21 +114,7 @@ def step_seconds(config: RunConfig, stage: str) -> float | None:
         gpu = gpu_named(config.budget.gpu)
     except UnknownGpuError:
         return None
-    engine, training, mesh = config.engine, trainings_of(config)[stage], mesh_of(config)
-    layout = Layout(
-        tensor=mesh.tensor,
-        context=mesh.context,
-        pipeline=mesh.pipeline,
-        virtual_pipeline=engine.mesh.virtual_pipeline,
-        expert=engine.mesh.expert,
-        data=mesh.data,
-        micro_batch=training.micro_batch,
-        global_batch=training.global_batch,
-        sequence=training.sequence_length,
-        recompute=engine.recompute,
-        sequence_parallel=engine.sequence_parallel,
-    )
-    return step_time(shape_of(config.model), layout, gpu).seconds
+    return fit.step_of_stage(config, stage, gpu).seconds
 
 
 def nodes_are_asked_for_whole(config: RunConfig, machine: Machine) -> Iterator[Problem]:

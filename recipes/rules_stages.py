@@ -9,8 +9,9 @@ from conf.errors import Problem
 from conf.faults import did_you_mean
 from conf.schema import EvaluateStage, PretrainStage, RunConfig
 from recipes.machine import Machine
-from recipes.rules_compression import is_control, makes_a_model, present
+from recipes.rules_compression import present
 from recipes.rules_layout import trainings_of
+from recipes.stage_models import is_control, makes_a_model
 
 
 def order_names_stages(config: RunConfig, machine: Machine) -> Iterator[Problem]:

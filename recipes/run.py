@@ -27,7 +27,8 @@ from recipes.prune import prune
 from recipes.quantise import quantise
 from recipes.recover import recover
 from recipes.specialise import specialise
-from recipes.stage import StageInput, StageOutput, open_datasets, passes_on
+from recipes.stage import StageInput, StageOutput, open_datasets
+from recipes.stage_models import passes_on
 from train.metrics import MetricsWriter
 from train.rundir import StageResult
 from train.worker import RankContext, RankOutcome

@@ -44,7 +44,7 @@ def _point(config: RunConfig, plan: Plan, stage: StagePlan, num_gpus: int) -> Po
     grown = None
     if num_gpus % others == 0:
         layout = _grown(stage.layout, num_gpus // others)
-        grown = step_time(stage.shape, layout, plan.gpu).tokens_per_s_per_gpu
+        grown = step_time(stage.shape, layout, plan.gpu, teacher=stage.teacher).tokens_per_s_per_gpu
     seconds = stage.tokens / (same * num_gpus) / stage.goodput if same else None
     return Point(
         num_gpus=num_gpus, same_batch=same, grown_batch=grown, days=seconds / DAY if seconds is not None else None

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import CheckpointError
-from conf.schema import DataConfig, QuantiseStage, StageConfig
+from conf.schema import DataConfig
 from data.archive import Archive
 from data.shards import Access, Dataset
 from data.tiers import open_tiers
-from recipes.rules_compression import is_control
 from train.checkpoint import Checkpoint, Parent
 from train.metrics import MetricsWriter
 from train.rundir import RunDir
@@ -106,11 +105,6 @@ def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
         wait = Archive(path, data.storage).wait if path.startswith("s3://") else None
         datasets[name] = Dataset.open(path, Access(storage=data.storage, tiers=tiers, on_archived=wait))
     return datasets
-
-
-def passes_on(stage: StageConfig) -> bool:
-    """Whether the recipe goes on with what the stage makes; not so with what was made to compare with, or for INT8."""
-    return not is_control(stage) and not isinstance(stage, QuantiseStage)
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:

@@ -41,6 +41,9 @@ class Stack:
     """Bytes kept a token and layer beyond what the backward formulas need, over the hidden size."""
     extra_saved_ffn: float = 0.0
     """The same over the feed-forward width."""
+    slices: Literal["nothing", "loss", "head"] = "nothing"
+    """What works on a slice of the tokens at a time: the loss, or head and loss together, so that no tensor of all
+    logits exists."""
     keeps_projection: bool = False
     """Values are kept as a view of the fused query-key-value product, rotary angles beside them; context ranks gather
     the keys and values of the whole sequence instead of passing them round."""
@@ -63,12 +66,13 @@ MEGATRON = Stack(
 OURS = replace(
     MEGATRON,
     name="frontier",
-    logit_bytes=10,  # bf16 logits, their fp32 form, and the difference from the largest
+    logit_bytes=4,  # bf16 logits and their gradient
+    slices="head",
     keeps_projection=True,
 )
 """The Megatron engine of this project; `bench/memory.py` measures what it keeps."""
-OURS_ON_DEEPSPEED = replace(OURS, name="frontier on deepspeed", interleaves=False)
-"""The same modules driven by DeepSpeed, gradients accumulated in fp32."""
+OURS_ON_DEEPSPEED = replace(OURS, name="frontier on deepspeed", slices="loss", interleaves=False)
+"""The same modules driven by DeepSpeed, gradients accumulated in fp32; its head returns all logits."""
 TORCHTITAN = Stack(
     name="fsdp2",
     fused=True,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.plan.layout import Layout
-from parallel.plan.shapes import Shape
+from parallel.plan.shapes import Shape, Teacher
 
 GIB = 2**30
 WORKSPACE_BYTES = 0.1 * GIB
@@ -23,6 +23,16 @@ DEEPSPEED_LIVE_PARAMETERS = 1e9
 """ZeRO-3 `stage3_max_live_parameters`: gathered and not yet released."""
 DEEPSPEED_BUCKET = 5e8
 """Elements of the reduce bucket; held as bf16, as its copy in flight and as its fp32 form."""
+SLICE_LOGITS = 2**26
+"""Logits that a loss which works in slices looks at at once: `LOGIT_BYTES` of `parallel/loss.py` in fp32."""
+SLICE_BYTES = 12
+"""Bytes each of them takes in fp32: exponentials, their gradient, and that with the labels' part; on a CPU, kernel by
+kernel. Fused on a GPU it is less."""
+DISTILLED_BYTES = (22, 26)
+"""Bytes a logit that is learned from a teacher's takes, which is not done in slices: from its likeliest tokens, or from
+all. Measured in bf16 on a CPU, kernel by kernel."""
+TOP_K_BYTES = 10
+"""That a kept logit of a teacher takes: bf16, and its id."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +45,15 @@ class StageMemory:
     optimizer: float
     activations: float
     logits: float
+    """With a teacher, what is kept of its logits for all micro-batches of a step as well."""
     buffers: float
+    teacher: float = 0.0
+    """Its weights."""
 
     @property
     def allocated(self) -> float:
         """Between steps: what stays when no micro-batch is in flight."""
-        return self.weights + self.gradients + self.optimizer + WORKSPACE_BYTES
+        return self.weights + self.gradients + self.optimizer + self.teacher + WORKSPACE_BYTES
 
     @property
     def peak(self) -> float:
@@ -59,7 +72,7 @@ class StageMemory:
 
     @property
     def parts(self) -> dict[str, float]:
-        """What `needed` is made of, by name."""
+        """What `needed` is made of, by name; a teacher only where there is one."""
         return {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -69,23 +82,24 @@ class StageMemory:
             "working buffers": self.buffers + WORKSPACE_BYTES,
             "allocator slack": self.reserved - self.peak,
             "CUDA and NCCL": OUTSIDE_BYTES,
+            **({"teacher": self.teacher} if self.teacher else {}),
         }
 
 
-def memory(shape: Shape, layout: Layout) -> tuple[StageMemory, ...]:
+def memory(shape: Shape, layout: Layout, teacher: Teacher | None = None) -> tuple[StageMemory, ...]:
     """Memory of each pipeline stage, first to last."""
-    return tuple(stage_memory(shape, layout, stage) for stage in range(layout.pipeline))
+    return tuple(stage_memory(shape, layout, stage, teacher) for stage in range(layout.pipeline))
 
 
-def stage_memory(shape: Shape, layout: Layout, stage: int) -> StageMemory:
-    """Memory of one GPU of a pipeline stage."""
+def stage_memory(shape: Shape, layout: Layout, stage: int, teacher: Teacher | None = None) -> StageMemory:
+    """Memory of one GPU of a pipeline stage.
+
+    A teacher's own pass needs less than the student's, and comes before it: of a teacher, weights and logits count.
+    """
     is_last = stage == layout.pipeline - 1
     weights, gradients, optimizer = _states(shape, layout, stage)
     kept = kept_bytes(shape, layout, stage)
-    logits = 0.0
-    if is_last and not layout.chunked_loss:
-        bytes_each = 12 if layout.precision == "fp32" else layout.stack.logit_bytes
-        logits = layout.tokens * shape.vocab / layout.tensor * bytes_each
+    logits = _logit_bytes(shape, layout, teacher) if is_last and not layout.chunked_loss else 0.0
     # The head is done with when the first layer is walked back. In our engine that is measured to the byte; softwares
     # that prefetch and compile across it were seen to hold both.
     walked_back = recomputed_bytes(shape, layout) + _backward_bytes(shape, layout)
@@ -96,9 +110,37 @@ def stage_memory(shape: Shape, layout: Layout, stage: int) -> StageMemory:
         gradients=gradients,
         optimizer=optimizer,
         activations=kept.layers + kept.head_norm,
-        logits=logits,
+        logits=logits + (_kept_logit_bytes(teacher, layout) if teacher is not None and is_last else 0.0),
         buffers=_buffers(shape, layout) + max(0.0, walked_back - freed),
+        teacher=_states(teacher.shape, layout, stage)[0] if teacher is not None else 0.0,
     )
+
+
+def _logit_bytes(shape: Shape, layout: Layout, teacher: Teacher | None) -> float:
+    """What head and loss of a micro-batch hold at once."""
+    count, each = layout.tokens * shape.vocab / layout.tensor, layout.element_bytes
+    if teacher is not None:
+        return count * DISTILLED_BYTES[teacher.top_k == 0]
+    match layout.stack.slices:
+        case "nothing":
+            return count * (12 if each == 4 else layout.stack.logit_bytes)
+        case "loss":
+            return count * 2 * each + min(count, SLICE_LOGITS) * _slice_bytes(layout)
+        case "head":
+            return min(count, SLICE_LOGITS) * (2 * each + _slice_bytes(layout))
+
+
+def _slice_bytes(layout: Layout) -> float:
+    """Bytes a logit of a slice; a gradient that is not computed in fp32 is cast."""
+    return SLICE_BYTES + (2 if layout.element_bytes == 2 else 0)
+
+
+def _kept_logit_bytes(teacher: Teacher, layout: Layout) -> float:
+    """What is kept of the teacher's logits: of all micro-batches of a step."""
+    tokens = layout.micro_batches * layout.tokens
+    if teacher.top_k:
+        return tokens * teacher.top_k * TOP_K_BYTES
+    return tokens * teacher.shape.vocab / layout.tensor * layout.element_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +149,8 @@ class Kept:
 
     layers: float
     head_norm: float
-    """Input and output of the norm before the head; 0 where there is no head, and in Megatron's own layers, where it is
-    within the error."""
+    """Input of the norm before the head, and of the head (or its gradient); 0 where there is no head, and in Megatron's
+    own layers, where it is within the error."""
 
 
 def kept_bytes(shape: Shape, layout: Layout, stage: int) -> Kept:
@@ -117,8 +159,10 @@ def kept_bytes(shape: Shape, layout: Layout, stage: int) -> Kept:
     layers = chunks_in_flight(layout, stage) * per_chunk
     if layout.stack.keeps_projection:
         is_last = stage == layout.pipeline - 1
-        width = layout.element_bytes * (2 + layout.stack.extra_saved / 4) * shape.hidden
-        return Kept(layers, is_last * layout.tokens * width / layout.sequence_split)
+        norm = (1 + layout.stack.extra_saved / 4) / layout.sequence_split
+        # Where the head is sliced, the gradient of its input waits for the backward pass: of all tokens.
+        head = 1.0 if layout.stack.slices == "head" else 1 / layout.sequence_split
+        return Kept(layers, is_last * layout.tokens * layout.element_bytes * shape.hidden * (norm + head))
     if stage == 0:
         in_flight = min(layout.micro_batches, layout.pipeline)
         layers += in_flight * layout.tokens * shape.hidden * (3 if shape.dropout else 2) / layout.sequence_split

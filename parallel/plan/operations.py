@@ -50,7 +50,7 @@ class Power:
 
 def power(hardware: HardwareConfig, gpu: Gpu, num_gpus: int, step: StepTime) -> Power:
     """Power of a training step."""
-    busy = (step.matmul + step.attention + step.elementwise) / step.seconds
+    busy = (step.matmul + step.attention + step.elementwise + step.teacher) / step.seconds
     nodes = math.ceil(num_gpus / hardware.gpus_per_node)
     others = nodes * hardware.node_watts
 

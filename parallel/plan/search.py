@@ -11,7 +11,7 @@ from parallel.plan.divides import batch_multiple, divisors, pieces_of_sequence, 
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import MEGATRON, Layout, Precision, Recompute, Sharding, Stack
 from parallel.plan.memory import GIB, StageMemory, stage_memory
-from parallel.plan.shapes import Shape
+from parallel.plan.shapes import Shape, Teacher
 from parallel.plan.throughput import StepTime, step_time
 
 WORTH_LISTING = 0.97
@@ -35,6 +35,7 @@ class Task:
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     recompute: tuple[Recompute, ...] = ("none", "full")
     """Selective recomputation is left out: with fused attention there is nothing of it to recompute in Megatron."""
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +80,11 @@ def search(task: Task, refuses: Refusal = lambda layout: None) -> Found:
     leanest: StageMemory | None = None
     for layout in layouts(task):
         considered += 1
-        worst = worst_stage(task.shape, layout)
+        worst = worst_stage(task.shape, layout, task.teacher)
         if leanest is None or worst.needed < leanest.needed:
             leanest = worst
         if worst.needed <= task.gpu.memory_bytes:
-            step = step_time(task.shape, layout, task.gpu)
+            step = step_time(task.shape, layout, task.gpu, teacher=task.teacher)
             fitting.append(Candidate(layout=layout, step=step, worst=worst))
     fitting.sort(key=lambda candidate: (candidate.step.seconds, candidate.worst.needed))
     front: list[Candidate] = []
@@ -113,7 +114,8 @@ def smallest_cluster(task: Task, refuses: Refusal = lambda layout: None, most: i
     counts = {node * size << power for size in divisors(task.shape.layers) for power in range(most.bit_length())}
     for num_gpus in sorted(count for count in counts if count <= most):
         at = replace(task, num_gpus=num_gpus)
-        fitting = (layout for layout in layouts(at) if worst_stage(task.shape, layout).needed <= task.gpu.memory_bytes)
+        worst = ((layout, worst_stage(task.shape, layout, task.teacher)) for layout in layouts(at))
+        fitting = (layout for layout, stage in worst if stage.needed <= task.gpu.memory_bytes)
         if any(refuses(layout) is None for layout in fitting):
             return num_gpus
     return None
@@ -154,6 +156,7 @@ _PART_WORDS = {
     "bubble": "pipeline bubble",
     "data_links": "gradient and parameter exchange",
     "optimizer": "optimizer",
+    "teacher": "the teacher",
 }
 
 
@@ -199,8 +202,8 @@ def _chunks(shape: Shape, layout: Layout) -> list[int]:
     return divisors(per_stage)
 
 
-def worst_stage(shape: Shape, layout: Layout) -> StageMemory:
+def worst_stage(shape: Shape, layout: Layout, teacher: Teacher | None = None) -> StageMemory:
     """Memory of the stage that needs most."""
     # The first stage holds the most micro-batches, the last the logits; those between are under the first.
     stages = {0, layout.pipeline - 1}
-    return max((stage_memory(shape, layout, stage) for stage in stages), key=lambda stage: stage.needed)
+    return max((stage_memory(shape, layout, stage, teacher) for stage in stages), key=lambda stage: stage.needed)

@@ -76,6 +76,15 @@ class Shape:
         return float(6 * (self.layers * active + self.embedding_weights) + attention)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """A model that another learns from: on the same ranks, forward passes only, weights and no gradients."""
+
+    shape: Shape
+    top_k: int
+    """Logits kept of it a token; 0: all."""
+
+
 def shape_of(model: ModelConfig) -> Shape:
     """The shape of a configured model."""
     return Shape(

@@ -13,7 +13,7 @@ from parallel.plan.constants import FITTED, Constants
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import Layout
 from parallel.plan.memory import layers_of_stage, stage_parameters
-from parallel.plan.shapes import Shape
+from parallel.plan.shapes import Shape, Teacher
 
 OPTIMIZER_TRAFFIC = 34.0
 """Bytes read and written a parameter by the gradient norm and AdamW on fp32 state."""
@@ -29,6 +29,8 @@ PCIE_BANDWIDTH = 50e9
 """Bytes/s between a GPU and the host (PCIe 5.0 x16)."""
 FP32_OVER_BF16 = 1 / 15
 """Of the rate of matrix products: the CUDA cores', without TF32 (data sheets of A100 and H100)."""
+FORWARD_SHARE = 1 / 3
+"""Of a micro-batch's time and FLOPs, forward and backward together."""
 HIDDEN_UNDER = 0.8
 """Share of a micro-batch's time under which data ranks can exchange."""
 
@@ -47,6 +49,8 @@ class StepTime:
     bubble: float
     data_links: float
     optimizer: float
+    teacher: float = 0.0
+    """Its forward passes."""
     tokens_per_gpu: float
     """Tokens a step, over all GPUs."""
     model_flops_per_token: float
@@ -65,6 +69,7 @@ class StepTime:
             + self.bubble
             + self.data_links
             + self.optimizer
+            + self.teacher
         )
 
     @property
@@ -74,7 +79,10 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over the dense bf16 peak, also in fp8: causal attention counted half, no recomputation."""
+        """Model FLOPs over the dense bf16 peak, also in fp8: causal attention counted half, no recomputation.
+
+        A teacher's forward passes count.
+        """
         return self.tokens_per_s_per_gpu * self.model_flops_per_token / self.bf16_flops
 
 
@@ -114,8 +122,18 @@ class Work:
         )
 
 
-def step_time(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants = FITTED) -> StepTime:
+def step_time(
+    shape: Shape, layout: Layout, gpu: Gpu, constants: Constants = FITTED, teacher: Teacher | None = None
+) -> StepTime:
     """Time of one step of `layout.global_batch` sequences."""
+    if teacher is not None:
+        alone = step_time(shape, layout, gpu, constants)
+        return replace(
+            alone,
+            teacher=_teacher_seconds(teacher, layout, gpu, constants),
+            model_flops_per_token=alone.model_flops_per_token
+            + FORWARD_SHARE * teacher.shape.train_flops_per_token(layout.sequence),
+        )
     if layout.precision == "fp32":
         forward, backward = gpu.attention_flops
         gpu = replace(
@@ -146,6 +164,13 @@ def step_time(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants = FIT
         model_flops_per_token=shape.train_flops_per_token(layout.sequence),
         bf16_flops=gpu.bf16_flops,
     )
+
+
+def _teacher_seconds(teacher: Teacher, layout: Layout, gpu: Gpu, constants: Constants) -> float:
+    """Forward passes over a step's micro-batches: nothing is recomputed, reduced or updated."""
+    whole = step_time(teacher.shape, replace(layout, recompute="none"), gpu, constants)
+    computing = whole.matmul + whole.attention + whole.elementwise + whole.launch + whole.node_links + whole.bubble
+    return FORWARD_SHARE * computing + whole.pipeline_links / 2
 
 
 def layer_work(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants) -> Work:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import Layout
 from parallel.plan.memory import layers_of_stage, stage_parameters
-from parallel.plan.shapes import Shape
+from parallel.plan.shapes import Shape, Teacher
 
 Link = Literal["node", "network"]
+FORWARD_SHARE = {"tensor": 4 / 10, "context": 1 / 3, "pipeline": 1 / 2}
+"""By axis, of the bytes of forward and backward pass together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +31,14 @@ class AxisTraffic:
     what: str
 
 
-def traffic(shape: Shape, layout: Layout, gpu: Gpu) -> tuple[AxisTraffic, ...]:
+def traffic(shape: Shape, layout: Layout, gpu: Gpu, teacher: Teacher | None = None) -> tuple[AxisTraffic, ...]:
     """Of all axes that have more than one rank, nearest neighbours first; of a middle pipeline stage."""
+    if teacher is not None:
+        own, taught = traffic(shape, layout, gpu), traffic(teacher.shape, replace(layout, recompute="none"), gpu)
+        return tuple(
+            replace(each, step_bytes=each.step_bytes + FORWARD_SHARE.get(each.axis, 0.0) * other.step_bytes)
+            for each, other in zip(own, taught, strict=True)
+        )
     found = []
     layers = layers_of_stage(shape, layout, layout.pipeline // 2)
     rounds = layout.micro_batches

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import loss
 from parallel.loss import CrossEntropy, score_tokens
+from parallel.plan.memory import SLICE_LOGITS
 
 
 def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -111,3 +112,7 @@ class LargestFloat(TorchDispatchMode):
             if isinstance(each, torch.Tensor) and each.dtype == torch.float32:
                 self.num_bytes = max(self.num_bytes, each.numel() * each.element_size())
         return result
+
+
+def test_the_planner_knows_the_slice():
+    assert 4 * SLICE_LOGITS == loss.LOGIT_BYTES

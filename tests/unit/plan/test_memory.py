@@ -7,8 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import BUSY, LLAMA_8B, LLAMA_70B, MIXTRAL
 
-from parallel.plan.layout import TORCHTITAN, Layout
-from parallel.plan.memory import GIB, chunks_in_flight, memory, saved_bytes, stage_memory, stage_parameters
+from parallel.plan.layout import OURS, OURS_ON_DEEPSPEED, TORCHTITAN, Layout
+from parallel.plan.memory import (
+    GIB,
+    SLICE_LOGITS,
+    chunks_in_flight,
+    memory,
+    saved_bytes,
+    stage_memory,
+    stage_parameters,
+)
+from parallel.plan.shapes import Teacher
 
 layouts = st.builds(
     Layout,
@@ -80,6 +89,31 @@ def test_only_the_last_stage_holds_logits_and_a_chunked_loss_none():
     stages = memory(LLAMA_70B, BUSY)
     assert [stage.logits > 0 for stage in stages] == [False, False, False, True]
     assert memory(LLAMA_70B, replace(BUSY, chunked_loss=True))[-1].logits == 0
+
+
+@pytest.mark.parametrize(("precision", "each"), [("bf16", 18), ("fp32", 20)])
+def test_sliced_heads_hold_a_slice_of_the_logits_and_sliced_losses_all_of_them(precision, each):
+    small = replace(BUSY, precision=precision, stack=OURS, sequence=1024)
+    count = 512 * LLAMA_70B.vocab / 4
+    assert memory(LLAMA_70B, small)[-1].logits == count * each
+    large = replace(small, sequence=32768)
+    assert memory(LLAMA_70B, large)[-1].logits == SLICE_LOGITS * each < 32 * count * 4
+    on_deepspeed = memory(LLAMA_70B, replace(large, stack=OURS_ON_DEEPSPEED, virtual_pipeline=1))[-1].logits
+    assert on_deepspeed == pytest.approx(32 * count * 2 * large.element_bytes + SLICE_LOGITS * (12 + 2 * (each == 18)))
+
+
+def test_a_teacher_holds_two_bytes_a_weight_and_its_likeliest_logits():
+    layout = replace(BUSY, stack=OURS)
+    teacher = Teacher(shape=LLAMA_70B, top_k=256)
+    alone, taught = memory(LLAMA_8B, layout), memory(LLAMA_8B, layout, teacher)
+    assert sum(stage.teacher for stage in taught) * layout.tensor == pytest.approx(2 * LLAMA_70B.num_parameters)
+    for before, after in zip(alone[:-1], taught[:-1], strict=True):
+        assert after.peak - before.peak == pytest.approx(after.teacher)
+        assert sum(after.parts.values()) == pytest.approx(after.needed)
+    many = memory(LLAMA_8B, layout, replace(teacher, top_k=0))[-1]
+    tokens = layout.micro_batches * layout.tokens
+    kept = tokens * LLAMA_70B.vocab / layout.tensor * 2 - tokens * 256 * 10
+    assert many.logits - taught[-1].logits == pytest.approx(kept + 4 * layout.tokens * LLAMA_8B.vocab / layout.tensor)
 
 
 def test_expert_ranks_share_experts():

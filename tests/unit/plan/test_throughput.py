@@ -12,7 +12,7 @@ from conf.schema import ModelConfig
 from parallel.plan.hardware import GPUS
 from parallel.plan.layout import DEEPSPEED, TORCHTITAN, Layout
 from parallel.plan.memory import stage_memory
-from parallel.plan.shapes import Shape, public_model, shape_of
+from parallel.plan.shapes import Shape, Teacher, public_model, shape_of
 from parallel.plan.throughput import StepTime, step_time
 
 H100 = GPUS["H100"]
@@ -134,3 +134,11 @@ def test_planner_and_configuration_agree_on_a_mixture_of_experts():
     assert shape.num_parameters == model.num_parameters
     assert shape.train_flops_per_token(8192) == model.train_flops_per_token(8192)
     assert shape == public_model("mixtral-8x7b").shape()
+
+
+def test_a_teacher_of_the_same_size_takes_a_third_of_a_step():
+    alone, taught = (
+        step_time(LLAMA_70B, BUSY, H100, teacher=each) for each in (None, Teacher(shape=LLAMA_70B, top_k=0))
+    )
+    assert taught.seconds == pytest.approx(alone.seconds * 4 / 3, rel=0.02)
+    assert taught.mfu == pytest.approx(alone.mfu, rel=0.02)

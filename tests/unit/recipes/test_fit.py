@@ -60,3 +60,11 @@ def test_overrides_are_those_that_differ():
 def test_rehearsals_have_the_shape_they_train():
     config = composed("foundation")
     assert fit.shape_of_stage(config, "pretrain").num_parameters == config.model.num_parameters
+
+
+def test_layouts_that_would_change_a_student_are_not_proposed():
+    now = fit.layout_of_stage(CONFIG, "specialise")
+    deep = replace(now, virtual_pipeline=20)
+    assert fit.refusal(CONFIG, "specialise", deep) is None
+    assert fit.refusal_in_place(CONFIG, "specialise", deep) == "models"
+    assert fit.refusal_in_place(CONFIG, "specialise", now) is None

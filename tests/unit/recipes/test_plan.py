@@ -55,6 +55,56 @@ def test_every_cluster_has_a_plan_with_a_price(cluster):
     assert made.energy_mwh < made.most_mw * made.seconds / 3600
 
 
+def test_distilling_stages_pay_for_their_teachers_and_train_smaller_models():
+    stages = {stage.name: stage for stage in plan(resolved("recipe=business_module", "cluster=h200_ray")).stages}
+    whole, pruned, student = stages["specialise"], stages["recover"], stages["distill"]
+    assert pruned.shape.num_parameters / whole.shape.num_parameters == pytest.approx(0.7, abs=0.01)
+    assert student.shape.num_parameters / whole.shape.num_parameters == pytest.approx(0.1, abs=0.005)
+    for stage in (pruned, student):
+        assert stage.teacher.shape == whole.shape
+        assert stage.step.teacher == pytest.approx(whole.step.seconds / 3, rel=0.05)
+        assert stage.worst.teacher >= 2 * whole.shape.num_parameters / 16
+        sent = {each.axis: each.step_bytes for each in stage.traffic}
+        assert sent["tensor"] > 0.4 * next(each.step_bytes for each in whole.traffic if each.axis == "tensor")
+    assert stages["continued"].step == whole.step and stages["continued"].teacher is None
+
+
+def test_controls_cost_their_time_where_they_run():
+    usual = plan(resolved("recipe=business_module", "cluster=h200_ray"))
+    made = plan(resolved("recipe=business_module", "cluster=h200_ray", "controls=true"))
+    assert {stage.name for stage in usual.stages} < {stage.name for stage in made.stages} and made.days > usual.days
+    stages = {stage.name: stage for stage in made.stages}
+    taught, alone = stages["recover"], stages["recover_alone_flops"]
+    assert alone.shape == taught.shape and alone.teacher is None
+    flops = [stage.tokens * stage.step.model_flops_per_token for stage in (taught, alone)]
+    assert flops[1] == pytest.approx(flops[0], rel=1e-3)
+
+
+def test_fewer_tokens_meet_the_budget_with_controls_too():
+    typed = ("recipe=business_module", "cluster=h200_ray", "controls=true")
+    made, config = plan(resolved(*typed)), resolved(*typed)
+    fewer = next(remedy for remedy in remedies(config, made) if "fewer tokens" in remedy.what)
+    assert "flops.training.tokens" not in fewer.overrides
+    assert plan(resolved(*typed, *fewer.overrides.split())).days == pytest.approx(made.budget.days, rel=0.03)
+
+
+def test_a_mesh_that_does_not_divide_a_module_is_told_one_that_holds_all_its_stages():
+    typed = ("recipe=business_module", "cluster=h200_ray", "cluster.num_nodes=6")
+    told = refusal(*typed)
+    (best,) = re.findall(r"fastest for 'specialise' on 48 H200 is (.*)\.$", told, re.MULTILINE)
+    assert {stage.name for stage in plan(resolved(*typed, *best.split())).stages} >= {"recover", "distill"}
+
+
+def test_a_module_is_shown_with_its_teachers(tmp_path, capsys):
+    make_plan(resolved("recipe=business_module", "cluster=h200_slurm", f"runs_dir={tmp_path}"), make_console())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "teacher" in shown and "smaller" in shown
+    (page,) = tmp_path.glob("plan-*/plan.html")
+    assert page.read_text().count("taught by 70.6B") == 2
+    written = json.loads(page.with_name("plan.json").read_text())
+    assert [bool(stage["teacher_parameters"]) for stage in written["stages"]] == [False, True, False, True]
+
+
 def test_over_budget_fails_and_says_what_would_meet_it(tmp_path, capsys):
     config = resolved(*OVER, f"runs_dir={tmp_path}")
     with pytest.raises(UserError, match=r"over its budget: days 6\d\.\d+ > 45 d"):

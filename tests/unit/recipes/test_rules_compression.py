@@ -118,7 +118,7 @@ def test_a_teacher_that_does_not_fit_beside_its_student_is_told_with_what_would(
     config = layout(full_size(), tensor=2, data=128)
     assert_told(config, "stages.recover.distillation.teacher", "the teacher's weights", "tensor=", machine=BIG_DISK)
     config = full_size()
-    assert distilling_bytes(config_on_mesh(config), config.stages["distill"]) < 141e9
+    assert distilling_bytes(config_on_mesh(config), "distill") < 141e9
 
 
 def config_on_mesh(config):
