@@ -201,6 +201,8 @@ def test_ranks_of_a_node_that_dies_go_to_a_spare_one(slurm: Slurm, tmp_path: Pat
     stopped_at = max(losses(run))
     slurm.wait_for_step(run, stopped_at + 1)
     slurm.ask("stop", run)
+    # As long as Slurm waits for the dead node to report, the job it was part of is not over.
+    slurm.cluster.command("scontrol", "update", "nodename=n3", "state=down", "reason=died")
     facts = slurm.wait_for_end(run)
     assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("FAILED", "0", "75:0"), slurm.told(run)
     told = (run / "slurm" / "output.log").read_text()
