@@ -17,6 +17,7 @@ from command_line import TINY_FOUNDATION, environment, losses, records, train, w
 from slurm_cluster import SlurmCluster, missing_programs
 
 pytestmark = [
+    pytest.mark.slurm,
     pytest.mark.timeout(600),
     pytest.mark.skipif(
         bool(missing_programs()),

@@ -90,7 +90,8 @@ def synthesise(root: Path, num_shards: int) -> None:
 
 
 OPEN = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 import numpy as np
 from data.shards import Dataset
 from data.stream import Stream, StreamSpec
@@ -99,7 +100,9 @@ dataset = Dataset.open(sys.argv[1])
 spec = StreamSpec(mixtures=[(0, {"big": 1.0})], seed=1, sequence_length=8192, global_batch=2048, micro_batch=1)
 Stream({"big": dataset}, spec).samples(np.arange(10**9, 10**9 + 2048))
 dataset.part("train", 0)
-mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not getrusage: its peak is inherited from the process that started this one.
+(peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+mib = int(peak.split()[1]) / 1024
 print(json.dumps([time.process_time() - started, mib, dataset.num_shards("train")]))
 """
 
