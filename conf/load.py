@@ -1,6 +1,6 @@
 """From the command line to a typed configuration, and to `config.json` and back.
 
-Hydra composes; the strict decoder fills the dataclasses of `schema.py` and reports every fault at once. Nothing past
+Hydra composes; the strict decoder fills the dataclasses of `schema/` and reports every fault at once. Nothing past
 this file sees Hydra. It is imported where it is used, since ranks only ever read `config.json`.
 """
 

@@ -1,0 +1,218 @@
+"""The stages a recipe is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from conf.schema.training import TrainingConfig
+from conf.schema.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Precision, Strict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainStage(Strict):
+    """Train from fresh weights."""
+
+    kind: Literal["pretrain"]
+    training: TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialiseStage(Strict):
+    """Continue training the incoming model on a domain."""
+
+    kind: Literal["specialise"]
+    training: TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapeConfig(Strict):
+    """The sizes in which a smaller model may differ from the one it comes from."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_kv_heads: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig(Strict):
+    """Training text that a model is looked at with; documents a model is evaluated on are refused."""
+
+    mixture: dict[str, PositiveFloat]
+    """Data source -> weight."""
+    tokens: PositiveInt
+    """Rounded up to whole micro-batches of every data rank."""
+    sequence_length: PositiveInt
+    micro_batch: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchConfig(Strict):
+    """Which smaller shapes are tried, and how long."""
+
+    cut: Literal["width", "depth", "mixed"]
+    """width: hidden channels, feed-forward neurons and key-value groups. depth: layers. mixed: all of them."""
+    measure: Literal["parameters", "memory", "latency"]
+    """What is cut: parameters, bytes of weights and of one row's keys and values, or measured seconds a token."""
+    removed: Annotated[float, Field(gt=0, lt=1)]
+    """Share of it that goes."""
+    hidden_multiple: PositiveInt
+    ffn_multiple: PositiveInt
+    candidates: PositiveInt
+    """Shapes scored, those that keep most of the importance first."""
+    seconds: PositiveFloat
+    """No further shape is begun after so long."""
+    tokens: PositiveInt
+    """Text each shape is scored on, apart from the calibration text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneStage(Strict):
+    """Cut a smaller dense model out of a larger one."""
+
+    kind: Literal["prune"]
+    model: str | None
+    """Earlier stage (or `init`) whose model is cut; null: the incoming one."""
+    importance: Literal["activation", "magnitude", "random"]
+    calibration: CalibrationConfig
+    search: SearchConfig
+    shape: ShapeConfig | None
+    """Given, nothing is searched."""
+    shape_of: str | None
+    """Earlier stage whose model has the shape; nothing is searched."""
+    control: bool
+    """Made to be compared with: the recipe goes on with the model it had."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig(Strict):
+    """How a model learns from another's logits."""
+
+    teacher: str
+    """Earlier stage, or `init`."""
+    divergence: Literal["forward", "reverse"]
+    """forward: KL(teacher || student). reverse: KL(student || teacher)."""
+    temperature: PositiveFloat
+    weight: Fraction
+    """Of the divergence; cross-entropy has the rest."""
+    top_k: NonNegativeInt
+    """Logits kept of the teacher a token; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoverStage(Strict):
+    """Distil the incoming (pruned) model from an earlier one."""
+
+    kind: Literal["recover"]
+    training: TrainingConfig
+    distillation: DistillationConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig(Strict):
+    """A student's shape and where its weights come from."""
+
+    ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    """Parameters of the teacher over the student's, where `shape` is null."""
+    shape: ShapeConfig | None
+    start: Literal["fresh", "pruned"]
+    """pruned: cut out of the teacher, by activations on `calibration`."""
+    hidden_multiple: PositiveInt
+    ffn_multiple: PositiveInt
+    calibration: CalibrationConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillStage(Strict):
+    """Distil a much smaller student from an earlier model."""
+
+    kind: Literal["distill"]
+    training: TrainingConfig
+    distillation: DistillationConfig
+    student: StudentConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlStage(Strict):
+    """Train a model on cross-entropy to compare with; the recipe goes on with the model it had."""
+
+    kind: Literal["control"]
+    model: str
+    """Earlier stage (or `init`) whose model it starts from."""
+    fresh: bool
+    """Of that model take the shape alone, with fresh weights."""
+    training: TrainingConfig
+    flops_of: str | None
+    """Earlier distilling stage: train for its FLOPs, teacher included, rather than for `training.tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantiseStage(Strict):
+    """Round an earlier model to INT8; the recipe goes on with the model it had."""
+
+    kind: Literal["quantise"]
+    model: str
+    """Earlier stage, or `init`."""
+    scheme: Literal["w8a16", "w8a8"]
+    """w8a16: weights. w8a8: weights, and the inputs of linear layers as they come."""
+    most_cost: NonNegativeFloat | None
+    """A layer that alone raises the loss by more nats a token stays as it was; null: all are rounded."""
+    calibration: CalibrationConfig
+    """Text that cost is measured on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetConfig(Strict):
+    """A promise about one model next to another."""
+
+    model: str
+    baseline: str
+    source: str
+    quantity: Literal["accuracy", "size"]
+    """Ratio of next-token accuracy, on `source`, or of parameters."""
+    at_least: NonNegativeFloat | None
+    at_most: NonNegativeFloat | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateStage(Strict):
+    """Score models side by side on held-out documents; passes the incoming model on unchanged."""
+
+    kind: Literal["evaluate"]
+    models: tuple[str, ...]
+    """Names of earlier stages, or `init` for the model the recipe starts from."""
+    sources: tuple[str, ...]
+    tokens: PositiveInt
+    """Held-out tokens a source, at most."""
+    sequence_length: PositiveInt
+    micro_batch: PositiveInt
+    ngram_order: Literal[0, 2, 3]
+    """Order of the n-gram baseline that has seen the same tokens; 0: none."""
+    ngram_models: tuple[str, ...]
+    """Models beside which it stands."""
+    ngram_tokens: PositiveInt
+    """Tokens the baseline is trained on, at most: the last ones the models saw."""
+    comparisons: dict[str, tuple[str, ...]] | None
+    """Model -> models it is compared with; null: every one with each that is named before it."""
+    targets: dict[str, TargetConfig]
+    """By name: what is promised, shown beside what was reached."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportStage(Strict):
+    """Write models as Hugging Face directories."""
+
+    kind: Literal["export"]
+    models: tuple[str, ...]
+    """Earlier stages, each written to `export/NAME`; none: the incoming model, to `export`."""
+    precision: Precision
+
+
+TrainingStage = PretrainStage | SpecialiseStage | RecoverStage | DistillStage | ControlStage
+StageConfig = Annotated[
+    TrainingStage | PruneStage | QuantiseStage | EvaluateStage | ExportStage, Field(discriminator="kind")
+]
