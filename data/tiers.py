@@ -178,14 +178,15 @@ class DiskTier:
         try:
             if path.exists():
                 return
-            with self._usage(len(content)) as used:
-                if used + len(content) > self._limit:
-                    self._make_room(len(content))
             try:
                 with partial.open("wb", buffering=0) as stream:
                     if stream.write(content) != len(content):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                partial.rename(path)
+                # It appears under the lock: room is made by counting files, and must not miss one on its way.
+                with self._usage(len(content)) as used:
+                    if used + len(content) > self._limit:
+                        self._make_room(len(content))
+                    partial.rename(path)
             finally:
                 partial.unlink(missing_ok=True)
         except OSError as error:

@@ -45,7 +45,8 @@ def test_the_global_batch_is_the_same_for_every_data_size(two: dict[str, Dataset
 
 @pytest.mark.parametrize("data_size", [1, 2, 3, 4, 8, 64])
 def test_every_sample_is_seen_once_an_epoch_whatever_the_data_size(make_dataset: MakeDataset, data_size: int) -> None:
-    stream = stream_of({"one": make_dataset(num_documents=100)}, micro_batch=1)
+    # Every data rank plans for itself: many of them see fewer documents, for time's sake.
+    stream = stream_of({"one": make_dataset(num_documents=100 if data_size <= 8 else 20)}, micro_batch=1)
     size = stream.samples_in_epoch("one")
     seen = []
     for step in range(-(-2 * size // BATCH)):
