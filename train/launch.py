@@ -338,7 +338,7 @@ def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
             # "local" starts a new one: a cluster that happens to run on this host is not ours.
             ray.init(
                 address="local",
-                num_cpus=world_size + 1,
+                num_cpus=world_size,  # Ray starts a worker for each, needed or not
                 num_gpus=world_size if use_gpu else 0,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,

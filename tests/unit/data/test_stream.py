@@ -8,6 +8,7 @@ from conftest import MakeDataset
 
 from conf.errors import DataError
 from conf.schema import ShuffleConfig
+from data import stream as stream_module
 from data.shards import Dataset
 from data.stream import Stream, StreamSpec
 
@@ -32,6 +33,13 @@ def two(make_dataset: MakeDataset) -> dict[str, Dataset]:
     return {"one": make_dataset("one"), "other": make_dataset("other", num_documents=100)}
 
 
+@pytest.fixture
+def short_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every data rank plans thousands of samples ahead; a test that plays many of them for a few steps need not."""
+    monkeypatch.setattr(stream_module, "PLANNED_SAMPLES", 64)
+
+
+@pytest.mark.usefixtures("short_plans")
 @pytest.mark.parametrize("data_size", [1, 2, 4, 8, 64])
 def test_the_global_batch_is_the_same_for_every_data_size(two: dict[str, Dataset], data_size: int) -> None:
     stream = stream_of(two)
@@ -43,6 +51,7 @@ def test_the_global_batch_is_the_same_for_every_data_size(two: dict[str, Dataset
         assert np.array_equal(np.concatenate([getattr(batch, field) for batch in shared]), expected)
 
 
+@pytest.mark.usefixtures("short_plans")
 @pytest.mark.parametrize("data_size", [1, 2, 3, 4, 8, 64])
 def test_every_sample_is_seen_once_an_epoch_whatever_the_data_size(make_dataset: MakeDataset, data_size: int) -> None:
     # Every data rank plans for itself: many of them see fewer documents, for time's sake.
