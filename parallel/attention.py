@@ -133,7 +133,7 @@ def attend_in_documents(
     """
     if kernel.takes_lengths(query_SBHD.dtype, query_SBHD.size(3)):
         return attend_by_lengths(query_SBHD, key_TBGD, value_TBGD, documents, scale)
-    return attend_one_by_one(query_SBHD, key_TBGD, value_TBGD, documents, scale, kernel)
+    return cast(Tensor, attend_one_by_one(query_SBHD, key_TBGD, value_TBGD, documents, scale, kernel))
 
 
 def attend_by_lengths(
@@ -142,7 +142,7 @@ def attend_by_lengths(
     """All documents in one kernel, which is told where they begin; half precision on a GPU."""
     num_chunks = len(documents.spans)
     # A chunk's rows one after another: the kernel aligns the last query of a document with its last key.
-    query = query_SBHD.unflatten(0, (num_chunks, -1)).transpose(1, 2).flatten(0, 2)
+    query = query_SBHD.reshape(num_chunks, -1, *query_SBHD.shape[1:]).transpose(1, 2).flatten(0, 2)
     key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (key_TBGD, value_TBGD))
     if documents.key_places is not None:
         key, value = (tensor.index_select(0, documents.key_places) for tensor in (key, value))
@@ -159,7 +159,8 @@ def attend_by_lengths(
         enable_gqa=query.size(1) != key.size(1),
     )
     assert isinstance(output, Tensor)
-    return output.unflatten(0, (num_chunks, query_SBHD.size(1), -1)).transpose(1, 2).flatten(0, 1).flatten(2)
+    by_row = output.reshape(num_chunks, query_SBHD.size(1), -1, output.size(1) * output.size(2))
+    return by_row.transpose(1, 2).flatten(0, 1)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -174,9 +175,9 @@ def attend_one_by_one(
         for query, key, value, span in zip(query_CBHD.unbind(1), keys, values, spans, strict=True):
             # Split and not sliced one after the other: going back, a slice is a tensor as large as the whole row.
             parts = zip(
-                query.split(span.query_lengths),
-                key[span.keys].split(span.key_lengths),
-                value[span.keys].split(span.key_lengths),
+                torch.split(query, span.query_lengths),
+                torch.split(key[span.keys], span.key_lengths),
+                torch.split(value[span.keys], span.key_lengths),
                 strict=True,
             )
             rows.append(torch.cat([_attend_one(*part, scale, kernel) for part in parts]))
