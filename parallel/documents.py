@@ -83,9 +83,9 @@ class Documents:
         self.query_bounds, self.key_bounds = _cumulative(queries), _cumulative(keys)
         self.key_places: Tensor | None = None
         if num_chunks > 1:
-            rows = [range(row * self.row_length, (row + 1) * self.row_length) for row in range(num_rows)]
-            places = [rows[row][span.keys] for spans in self.spans for row, span in enumerate(spans)]
-            self.key_places = torch.tensor(list(chain.from_iterable(places)), dtype=torch.int64)
+            places = np.arange(num_rows * self.row_length).reshape(num_rows, self.row_length)
+            needed = [row[span.keys] for spans in self.spans for row, span in zip(places, spans, strict=True)]
+            self.key_places = torch.from_numpy(np.concatenate(needed))
 
     def _all_spans(self) -> Iterator[Span]:
         return chain.from_iterable(self.spans)

@@ -214,7 +214,7 @@ def test_killed_runs_resume_to_the_same_curve_past_a_damaged_checkpoint(tmp_path
 
 
 def test_ctrl_c_saves_exits_75_and_the_same_layout_resumes_to_the_last_bit(tmp_path: Path):
-    overrides = (*TINY_FOUNDATION, "engine.mesh.data=2")
+    overrides = (*TINY_FOUNDATION, "engine.mesh.data=2", "data.reset_at_documents=true")
     with started(
         tmp_path, *overrides, "stages.pretrain.training.checkpoint_every_steps=0", log=tmp_path / "o"
     ) as process:
@@ -233,6 +233,7 @@ def test_ctrl_c_saves_exits_75_and_the_same_layout_resumes_to_the_last_bit(tmp_p
     assert ended.code == 0, ended.output
     again = train(tmp_path / "whole", *overrides)
     assert losses(run) == losses(again.run)
+    assert "document by document" in (run / "logs" / "rank-00000.log").read_text(), "documents were kept apart"
 
 
 def test_sigterm_while_the_foundation_is_rehearsed_saves_and_resuming_the_module_continues_it(tmp_path: Path):
