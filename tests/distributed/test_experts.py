@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
 
 NUM_STEPS = 20
 FEW_STEPS = 5
-PACKED_STEPS = 3
+PACKED_STEPS = 2
 
 # Weights large enough that routers have opinions; losses large enough that leaving one out would show.
 EXPERTS = ExpertsConfig(
