@@ -32,6 +32,7 @@ from command_line import (
     wait_for,
 )
 
+from conf import load
 from train.loop import STOP_POLL_SECONDS
 
 pytestmark = pytest.mark.timeout(420)
@@ -234,6 +235,11 @@ def test_ctrl_c_saves_exits_75_and_the_same_layout_resumes_to_the_last_bit(tmp_p
     again = train(tmp_path / "whole", *overrides)
     assert losses(run) == losses(again.run)
     assert "document by document" in (run / "logs" / "rank-00000.log").read_text(), "documents were kept apart"
+    # And so FLOPs are those of the documents, by the rows of rank 0.
+    model, steps = load.read(run / "config.json").model, records(run, "step")
+    flops = [2e12 * step["model_tflops"] / step["tokens_per_second"] for step in steps]
+    assert min(flops) < max(flops) <= model.train_flops_per_token(64) * (1 + 1e-9)
+    assert min(flops) > model.train_flops_per_token(1)
 
 
 def test_sigterm_while_the_foundation_is_rehearsed_saves_and_resuming_the_module_continues_it(tmp_path: Path):
