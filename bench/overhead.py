@@ -69,9 +69,9 @@ class WatchedLoop(TrainingLoop):
     ends: list[float]
     held: list[tuple[int, int]]
 
-    def record_step(self, completed: int, rate: float, result: StepResult, seconds: float) -> None:
+    def record_step(self, completed: int, rate: float, result: StepResult, *, seconds: float, length: float) -> None:
         """Write the step down as ever, then look."""
-        super().record_step(completed, rate, result, seconds)
+        super().record_step(completed, rate, result, seconds=seconds, length=length)
         self.ends.append(time.perf_counter())
         if completed % WARM_UP_STEPS == 0:
             gc.collect()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from conf.errors import DataError, UserError
 from conf.schema import RunConfig, ShuffleConfig, TrainingConfig
-from data.batch import Batch
+from data.batch import Batch, positions_in_documents
 from data.index import PART_SHARDS
 from data.mix import MixtureSchedule, num_lanes_of
 from data.order import BlockShuffle, Indices, key_of
@@ -42,6 +42,7 @@ class StreamSpec:
         shuffle: how far samples are mixed.
         max_epochs: source -> passes over it that are allowed; sources not named may be repeated without end.
         num_steps: that will be taken, for `max_epochs`.
+        reset_at_documents: positions begin anew with every document, which keeps attention within it.
     """
 
     mixtures: Sequence[tuple[int, Mapping[str, float]]]
@@ -52,6 +53,7 @@ class StreamSpec:
     shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
     max_epochs: Mapping[str, float] = field(default_factory=dict)
     num_steps: int = 0
+    reset_at_documents: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,9 @@ class Stream:
             if name not in datasets:
                 raise DataError(f"the mixture names source '{name}'; there is: {', '.join(sorted(datasets))}.")
             self._sources.append(_Source(name, datasets[name], spec, self.num_lanes))
+        ends = {source.dataset.end_of_text_id for source in self._sources}
+        assert len(ends) == 1, "the sources of a run share a tokenizer"
+        (self._end_of_text_id,) = ends
         self._plan: tuple[tuple[int, int], _Plan] | None = None
         self._expected = 0
         self._check_epochs()
@@ -171,7 +176,7 @@ class Stream:
         first = data_rank * share
         ids = step * rows + np.arange(first, first + share, dtype=np.int64)
         windows = self.rows(step, first, share)
-        return [_batch(windows[row : row + micro], ids[row : row + micro]) for row in range(0, share, micro)]
+        return [self._batch(windows[row : row + micro], ids[row : row + micro]) for row in range(0, share, micro)]
 
     def rows(self, step: int, first_row: int, num_rows: int) -> Tokens:
         """Tokens of some rows of a step as they are stored, shape (num_rows, sequence_length + 1); reads ahead.
@@ -307,6 +312,22 @@ class Stream:
             windows[row] = tokens[start : start + length]
         return windows
 
+    def _batch(self, windows: Tokens, ids: Indices) -> Batch:
+        tokens = windows[:, :-1].astype(np.int64)
+        if self.spec.reset_at_documents:
+            # The token between two documents begins the later one, as it does where held-out documents are scored: a
+            # first token is predicted from it and from nothing of the document before.
+            positions = positions_in_documents(tokens == self._end_of_text_id)
+        else:
+            positions = np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1))
+        return Batch(
+            tokens_BS=tokens,
+            labels_BS=windows[:, 1:].astype(np.int64),
+            loss_mask_BS=np.ones(tokens.shape, np.float32),
+            position_ids_BS=positions,
+            sample_ids_B=ids,
+        )
+
     def _check_epochs(self) -> None:
         taken = self._schedule.samples_before(self.spec.num_steps)
         for source in self._sources:
@@ -340,6 +361,7 @@ def stream_of_stage(config: RunConfig, stage: str, datasets: Mapping[str, Datase
         shuffle=config.data.shuffle,
         max_epochs=limits,
         num_steps=training.num_steps,
+        reset_at_documents=config.data.reset_at_documents,
     )
     return Stream(datasets, spec)
 
@@ -358,14 +380,3 @@ def _run_blocks(length: int, block_tokens: int) -> int:
     while blocks * block_tokens % length > WASTE * blocks * block_tokens:
         blocks += 1
     return blocks
-
-
-def _batch(windows: Tokens, ids: Indices) -> Batch:
-    tokens = windows[:, :-1].astype(np.int64)
-    return Batch(
-        tokens_BS=tokens,
-        labels_BS=windows[:, 1:].astype(np.int64),
-        loss_mask_BS=np.ones(tokens.shape, np.float32),
-        position_ids_BS=np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1)),
-        sample_ids_B=ids,
-    )

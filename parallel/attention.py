@@ -1,4 +1,4 @@
-"""Causal attention on torch's fused kernels, exact under context parallelism.
+"""Causal attention on torch's fused kernels, within documents where rows hold several, exact under context parallelism.
 
 Shape suffixes: S tokens of this context rank, T tokens of the whole sequence, B rows, H query heads, G key-value heads,
 D head dim.
@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from parallel.attention_kernel import TORCH_DECIDES, Kernel, attention_kernel
+from parallel.documents import Documents
 
 
 class CausalAttention(torch.nn.Module):
@@ -42,28 +44,37 @@ class CausalAttention(torch.nn.Module):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
-        self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask: None, **_: object
+        self,
+        query_SBHD: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: None,
+        *,
+        packed_seq_params: Documents | None = None,
+        **_: object,
     ) -> Tensor:
-        """Attention of this rank's queries to all earlier tokens, shape (S, B, H x D)."""
+        """Attention of this rank's queries to all earlier tokens of their documents, shape (S, B, H x D)."""
         assert attention_mask is None, "the mask is causal"
-        if self.group.size() == 1:
-            output_BHSD = attend_causally(
-                query_SBHD.permute(1, 2, 0, 3),
-                key_SBGD.permute(1, 2, 0, 3),
-                value_SBGD.permute(1, 2, 0, 3),
-                self.scale,
-                self.kernel,
-            )
+        is_split = self.group.size() > 1
+        key_TBGD, value_TBGD = self._whole_rows(key_SBGD, value_SBGD) if is_split else (key_SBGD, value_SBGD)
+        if packed_seq_params is not None:
+            return attend_in_documents(query_SBHD, key_TBGD, value_TBGD, packed_seq_params, self.scale, self.kernel)
+        query_BHSD, key_BGTD, value_BGTD = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBHD, key_TBGD, value_TBGD))
+        if is_split:
+            output_BHSD = self._attend_by_chunks(query_BHSD, key_BGTD, value_BGTD)
         else:
-            output_BHSD = self._attend_across_ranks(query_SBHD, key_SBGD, value_SBGD)
+            output_BHSD = attend_causally(query_BHSD, key_BGTD, value_BGTD, self.scale, self.kernel)
         return output_BHSD.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend_across_ranks(self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+    def _whole_rows(self, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all context ranks, in the order of the sequence."""
         key_value = all_gather(torch.cat((key_SBGD, value_SBGD), dim=-1), self.group)
         chunks = key_value.chunk(2 * self.group.size())
         key_value = torch.cat([chunks[place] for place in places_of_chunks(self.group.size())])
-        key_BGTD, value_BGTD = key_value.permute(1, 2, 0, 3).chunk(2, dim=-1)
-        query_BHSD = query_SBHD.permute(1, 2, 0, 3)
+        key_TBGD, value_TBGD = key_value.chunk(2, dim=-1)
+        return key_TBGD, value_TBGD
+
+    def _attend_by_chunks(self, query_BHSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor) -> Tensor:
         length = query_BHSD.size(2) // 2
         outputs = [
             attend_causally(query, key_BGTD[:, :, :end], value_BGTD[:, :, :end], self.scale, self.kernel)
@@ -111,6 +122,72 @@ def attend_causally(
             scale=scale,
             enable_gqa=query_BHSD.size(1) != key_BGTD.size(1),
         )
+
+
+def attend_in_documents(
+    query_SBHD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, documents: Documents, scale: float, kernel: Kernel
+) -> Tensor:
+    """Attention of each query to the keys of its document that are not after it, shape (S, B, H x D).
+
+    Both ways are exact and compute no score between documents.
+    """
+    if kernel.takes_lengths(query_SBHD.dtype, query_SBHD.size(3)):
+        return attend_by_lengths(query_SBHD, key_TBGD, value_TBGD, documents, scale)
+    return cast(Tensor, attend_one_by_one(query_SBHD, key_TBGD, value_TBGD, documents, scale, kernel))
+
+
+def attend_by_lengths(
+    query_SBHD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, documents: Documents, scale: float
+) -> Tensor:
+    """All documents in one kernel, which is told where they begin; half precision on a GPU."""
+    num_chunks = len(documents.spans)
+    # A chunk's rows one after another: the kernel aligns the last query of a document with its last key.
+    query = query_SBHD.reshape(num_chunks, -1, *query_SBHD.shape[1:]).transpose(1, 2).flatten(0, 2)
+    key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (key_TBGD, value_TBGD))
+    if documents.key_places is not None:
+        key, value = (tensor.index_select(0, documents.key_places) for tensor in (key, value))
+    output = varlen_attn(
+        query,
+        key.contiguous(),
+        value.contiguous(),
+        documents.query_bounds,
+        documents.key_bounds,
+        documents.most_queries,
+        documents.most_keys,
+        scale=scale,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.size(1) != key.size(1),
+    )
+    assert isinstance(output, Tensor)
+    by_row = output.reshape(num_chunks, query_SBHD.size(1), -1, output.size(1) * output.size(2))
+    return by_row.transpose(1, 2).flatten(0, 1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attend_one_by_one(
+    query_SBHD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, documents: Documents, scale: float, kernel: Kernel
+) -> Tensor:
+    """A document after the other; any device and precision. Compiled layers are interrupted here."""
+    keys, values = key_TBGD.unbind(1), value_TBGD.unbind(1)
+    chunks = []
+    for query_CBHD, spans in zip(query_SBHD.chunk(len(documents.spans)), documents.spans, strict=True):
+        rows = []
+        for query, key, value, span in zip(query_CBHD.unbind(1), keys, values, spans, strict=True):
+            # Split and not sliced one after the other: going back, a slice is a tensor as large as the whole row.
+            parts = zip(
+                torch.split(query, span.query_lengths),
+                torch.split(key[span.keys], span.key_lengths),
+                torch.split(value[span.keys], span.key_lengths),
+                strict=True,
+            )
+            rows.append(torch.cat([_attend_one(*part, scale, kernel) for part in parts]))
+        chunks.append(torch.stack(rows, dim=1))
+    return torch.cat(chunks).flatten(2)
+
+
+def _attend_one(query_SHD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scale: float, kernel: Kernel) -> Tensor:
+    query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query_SHD, key_TGD, value_TGD))
+    return attend_causally(query, key, value, scale, kernel).squeeze(0).transpose(0, 1)
 
 
 def _by(kernel: Kernel) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +28,7 @@ from conf.schema import EngineConfig, OptimConfig
 from data.batch import Batch
 from parallel import device, zero
 from parallel.cpu import adapt_deepspeed
+from parallel.documents import Documents
 from parallel.engine import LossSums, Objective, Piece, TensorSource
 from parallel.inputs import Inputs, inputs_of_rank
 from parallel.megatron import LARGEST_BUCKET, MegatronEngine, detached
@@ -52,11 +54,12 @@ class DeepSpeedEngine(MegatronEngine):
         inner = zero.make_inner(chunk.parameters(), optim)
         in_stages = self.mesh.pipeline > 1
         self._shape_of_stages: torch.Size | None = None
+        self._documents: deque[Documents | None] = deque()  # of the micro-batches that are still to come
         # DeepSpeed takes the GPU that this names; a rank that sees one GPU alone has number 0, whatever its place.
         os.environ["LOCAL_RANK"] = str(self._device.index or 0)
         deepspeed.init_distributed(device.communication_backend(), dist_init_required=False)
         self._trainer, *_ = deepspeed.initialize(
-            model=_Pipeline(chunk, self.mesh) if in_stages else chunk,
+            model=_Pipeline(chunk, self.mesh, self._documents) if in_stages else chunk,
             optimizer=inner,
             mpu=None if in_stages else _Groups(),
             config=deepspeed_config(self._engine, self.mesh, self._micro_batch, chunk),
@@ -92,7 +95,7 @@ class DeepSpeedEngine(MegatronEngine):
         self._trainer.train()
         for index, asked in enumerate(questions):
             self._trainer.set_gradient_accumulation_boundary(index == len(questions) - 1)
-            logits_BSV = self._trainer(asked.inputs.tokens_BS, asked.inputs.position_ids_BS, None)
+            logits_BSV = asked.inputs.through(self._trainer)
             self._trainer.backward(loss(logits_BSV, asked), scale_wrt_gas=False)
         return sums
 
@@ -105,6 +108,8 @@ class DeepSpeedEngine(MegatronEngine):
         if shape != self._shape_of_stages:
             trainer.reset_activation_shape()
             self._shape_of_stages = shape
+        self._documents.clear()
+        self._documents.extend(asked.inputs.documents for asked in questions)
         trainer.set_dataiterator(
             iter([((asked.inputs.tokens_BS, asked.inputs.position_ids_BS), asked) for asked in questions])
         )
@@ -220,26 +225,30 @@ class _Groups:
 
 
 class _Stage(torch.nn.Module):
-    """A pipeline rank's chunk as the one layer that DeepSpeed sees of it."""
+    """A pipeline rank's chunk as the one layer that DeepSpeed sees of it.
 
-    def __init__(self, chunk: Any) -> None:
+    DeepSpeed gives the batch to the first and last stages only, and calls each stage once a micro-batch, in order.
+    """
+
+    def __init__(self, chunk: Any, documents: deque[Documents | None]) -> None:
         super().__init__()
         self.chunk = chunk
+        self.documents = documents
 
     def forward(self, given: Any) -> Tensor:
-        if self.chunk.pre_process:
-            tokens_BS, position_ids_BS = given
-            return cast(Tensor, self.chunk(tokens_BS, position_ids_BS, None))
-        self.chunk.set_input_tensor(given)
-        return cast(Tensor, self.chunk(None, None, None))
+        tokens_BS, position_ids_BS = given if self.chunk.pre_process else (None, None)
+        if not self.chunk.pre_process:
+            self.chunk.set_input_tensor(given)
+        documents = self.documents.popleft()
+        return cast(Tensor, self.chunk(tokens_BS, position_ids_BS, None, packed_seq_params=documents))
 
 
 class _Pipeline(PipelineModule):  # type: ignore[misc]
     """As many layers as pipeline ranks; those of other ranks are placeholders."""
 
-    def __init__(self, chunk: Any, mesh: Mesh) -> None:
+    def __init__(self, chunk: Any, mesh: Mesh, documents: deque[Documents | None]) -> None:
         stage = mesh.coordinate(dist.get_rank()).pipeline
-        layers = [_Stage(chunk) if index == stage else torch.nn.Identity() for index in range(mesh.pipeline)]
+        layers = [_Stage(chunk, documents) if index == stage else torch.nn.Identity() for index in range(mesh.pipeline)]
         topology = PipeModelDataParallelTopology(num_pp=mesh.pipeline, num_dp=mesh.num_replicas, num_mp=mesh.tensor)
         super().__init__(layers, topology=topology, partition_method="uniform")
         is_end = stage in (0, mesh.pipeline - 1)

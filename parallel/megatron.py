@@ -285,7 +285,7 @@ class MegatronEngine:
 
         def forward(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             given, loss = next(iterator)
-            return model(given.tokens_BS, given.position_ids_BS, None), partial(loss, given)
+            return given.through(model), partial(loss, given)
 
         schedule = get_forward_backward_func(self.mesh.pipeline, virtual if virtual > 1 else None)
         outputs: list[Any] = schedule(

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from conf.schema import EngineConfig, ModelConfig
 from parallel.attention import CausalAttention
+from parallel.documents import Documents
 from parallel.experts import moe_layer
 from parallel.mesh import Mesh
 from parallel.norm import RMSNorm
@@ -26,6 +27,17 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+
+
+class Decoder(GPTModel):  # type: ignore[misc]
+    """Megatron's decoder, whose rotary angles begin anew with every document of a row where it is told of them."""
+
+    def _preprocess(self, *args: Any, packed_seq_params: Documents | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        hidden, angles, *others = super()._preprocess(*args, **kwargs)
+        if packed_seq_params is not None:
+            of_places = self.rotary_pos_emb.get_emb(packed_seq_params.row_length).flatten(1)
+            angles = of_places[packed_seq_params.position_ids_SB].unsqueeze(2)
+        return hidden, angles, *others
 
 
 def transformer_config(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> TransformerConfig:
@@ -111,7 +123,7 @@ def _build_chunk(model: ModelConfig, config: TransformerConfig, stage: int | Non
     if model.experts is not None:
         layer.submodules.mlp = moe_layer(model.experts)
     num_layers = get_num_layers_to_build(config, vp_stage=stage)
-    return GPTModel(
+    return Decoder(
         config,
         TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm),
         vocab_size=model.vocab_size,

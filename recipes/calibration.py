@@ -53,6 +53,7 @@ def _stream(given: StageInput, config: CalibrationConfig, *, use: str) -> Stream
             sequence_length=config.sequence_length,
             global_batch=num_rows(config),
             micro_batch=config.micro_batch,
+            reset_at_documents=given.context.config.data.reset_at_documents,
         ),
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from conf.schema import ModelConfig, PretrainStage, TrainingConfig
 from data.batch import Batch
 from parallel.attention_kernel import attention_kernel
@@ -57,7 +59,11 @@ def train_stage(
     """
     context = given.context
     engine_config = context.config.engine
-    print(f"-- stage {given.name}: attention by {attention_kernel().name}, {engine_config.precision}", flush=True)
+    attention = attention_kernel().name
+    if context.config.data.reset_at_documents:
+        dtype = torch.bfloat16 if engine_config.weight_precision == "bf16" else torch.float32
+        attention = attention_kernel().name_within_documents(dtype, model.head_dim)
+    print(f"-- stage {given.name}: attention by {attention}, {engine_config.precision}", flush=True)
     try:
         with naming_memory_errors("building the model and its optimizer"):
             engine = make_engine(model, engine_config, training.optim, mesh_of(given), micro_batch=training.micro_batch)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import ModelConfig, TrainingConfig
-from data.batch import Batch
+from data.batch import Batch, attended_length
 from data.held_out import held_out_batches
 from data.prefetch import Prefetch
 from data.shards import Dataset
@@ -162,14 +162,16 @@ class TrainingLoop:
         started = time.monotonic()
         objective = self.objectives(micro_batches)
         result = self.engine.step(micro_batches, objective, learning_rate=rate, stop=self.asked_to_stop())
-        self.record_step(step + 1, rate, result, time.monotonic() - started)
+        # Documents of this rank's rows stand for those of all data ranks.
+        seconds = time.monotonic() - started
+        self.record_step(step + 1, rate, result, seconds=seconds, length=attended_length(micro_batches))
         return result.stop
 
-    def record_step(self, completed: int, rate: float, result: StepResult, seconds: float) -> None:
-        """Write a step down."""
+    def record_step(self, completed: int, rate: float, result: StepResult, *, seconds: float, length: float) -> None:
+        """Write a step down; `length` is the mean length that attention saw."""
         training = self.job.training
         tokens_per_second = training.tokens_per_step / seconds
-        flops = self.job.model.train_flops_per_token(training.sequence_length) + self.job.teacher_flops_per_token
+        flops = self.job.model.train_flops_per_token(length) + self.job.teacher_flops_per_token
         flops_per_rank = flops * tokens_per_second / self.engine.mesh.world_size
         peak = device.peak_flops()
         self.record(

@@ -96,6 +96,8 @@ class DataConfig(Strict):
     """Share of documents, chosen by hash, that is never trained on."""
     cache_dir: str
     """Prepared datasets are kept here, each under its identity."""
+    reset_at_documents: bool = False
+    """In rows that hold several documents, positions and attention begin anew with each of them."""
     tiers: tuple[TierConfig, ...] = ()
     """Caches between ranks and storage, fastest first."""
     shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)

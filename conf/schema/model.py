@@ -85,12 +85,13 @@ class ModelConfig(Strict):
         embedding = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
         return (2 * self.num_layers + 1) * self.hidden_size + embedding
 
-    def train_flops_per_token(self, sequence_length: int) -> float:
+    def train_flops_per_token(self, sequence_length: float) -> float:
         """Model FLOPs of one training step for one token, the numerator of model TFLOP/s and MFU.
 
         Forward and backward are 6 FLOPs a matmul weight (of the experts the token goes to), plus the attention scores
         and their use: 12 x layers x heads x head_dim x sequence_length over the whole square, counted half because
-        attention is causal. Recomputation, norms, softmax and the optimizer are not counted.
+        attention is causal. Where rows keep documents apart, the mean length of the document a token is in stands for
+        sequence_length. Recomputation, norms, softmax and the optimizer are not counted.
         """
         attention = 6 * self.num_layers * self.num_attention_heads * self.head_dim * sequence_length
         return float(6 * self.num_matmul_parameters + attention)

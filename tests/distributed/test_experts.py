@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks, smaller_world
-from tiny import MODEL, OPTIM, Layout, Tensors, batches, tiny_engine, train
+from tiny import (
+    MODEL,
+    OPTIM,
+    Curve,
+    Layout,
+    Tensors,
+    batches,
+    fresh,
+    on_mesh,
+    packed,
+    restore,
+    save,
+    tiny_engine,
+    train,
+    train_and_score,
+)
 
 from conf.schema import ExpertsConfig, ModelConfig
-from parallel.engine import Engine, StepResult
 from parallel.initial import InitialWeights
 
 LIMIT_SECONDS = 400.0
@@ -21,7 +35,7 @@ pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
 
 NUM_STEPS = 20
 FEW_STEPS = 5
-HELD_OUT = 1000  # a step that is never trained on
+PACKED_STEPS = 2
 
 # Weights large enough that routers have opinions; losses large enough that leaving one out would show.
 EXPERTS = ExpertsConfig(
@@ -61,6 +75,10 @@ DROPPED = {
     "context": Layout(context=2, expert=2, zero_stage=1),
     "tensor": Layout(tensor=2, data=2, expert=2, sequence_parallel=True, recompute="full"),
 }
+PACKED = {
+    "expert x tensor": Layout(tensor=2, data=2, expert=2, sequence_parallel=True),
+    "expert x pipeline x context, recomputed": Layout(pipeline=2, context=2, data=2, expert=2, recompute="full"),
+}
 # A run that is stopped every five steps and goes on with half the ranks.
 SHRINKING = (
     CURVES["expert x tensor x pipeline"],
@@ -69,18 +87,6 @@ SHRINKING = (
     Layout(),
 )
 RESUMED = Layout(data=4, expert=2, zero_stage=1, overlap=True, precision="bf16")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What training looked like on a rank, and how held-out rows scored after it."""
-
-    steps: list[StepResult]
-    held_out: dict[str, list[float]]
-
-    def of(self, name: str) -> list[float]:
-        """The values of a step's field or metric."""
-        return [step.metrics[name] if name in step.metrics else getattr(step, name) for step in self.steps]
 
 
 def everything() -> dict[str, Any]:
@@ -95,55 +101,23 @@ def everything() -> dict[str, Any]:
 
 
 def _runs_of_size(size: int, found: dict[str, Any]) -> None:
-    for family, model, layouts, num_steps in (
-        ("curves", MOE, CURVES | {"one": Layout()}, NUM_STEPS),
-        ("combined", MOE, COMBINED, FEW_STEPS),
-        ("deep", replace(MOE, num_layers=4), DEEP, FEW_STEPS),
-        ("dropping", DROPPING, DROPPED | {"one": Layout()}, FEW_STEPS),
+    for family, model, layouts, num_steps, batches_of in (
+        ("curves", MOE, CURVES | {"one": Layout()}, NUM_STEPS, batches),
+        ("combined", MOE, COMBINED, FEW_STEPS, batches),
+        ("deep", replace(MOE, num_layers=4), DEEP, FEW_STEPS, batches),
+        ("dropping", DROPPING, DROPPED | {"one": Layout()}, FEW_STEPS, batches),
+        ("packed", MOE, PACKED | {"one": Layout()}, PACKED_STEPS, packed),
     ):
         for name, layout in layouts.items():
             if layout.mesh.world_size == size:
-                found[f"{family}/{name}"] = _on_mesh(layout, _train_and_score, model, num_steps)
+                found[f"{family}/{name}"] = on_mesh(layout, train_and_score, model, num_steps, batches_of)
     for part, layout in enumerate(SHRINKING):
         if layout.mesh.world_size == size:
-            found[f"shrinking/{part}"] = _on_mesh(layout, _continue, found.get("state"), part, found)
+            found[f"shrinking/{part}"] = on_mesh(layout, _continue, found.get("state"), part, found)
     if size == 4:
-        found["resumed"] = _on_mesh(RESUMED, _train_and_resume)
+        found["resumed"] = on_mesh(RESUMED, _train_and_resume)
     if size == 1:
         found["mixtral"] = _mixtral()
-
-
-def _on_mesh(layout: Layout, run: Any, *args: Any) -> Any:
-    from parallel import groups
-
-    groups.enter_mesh(layout.mesh, virtual_pipeline=layout.virtual_pipeline)
-    try:
-        return run(layout, *args)
-    finally:
-        groups.leave_mesh()
-
-
-def _fresh(layout: Layout, model: ModelConfig = MOE) -> Engine:
-    engine = tiny_engine(layout, model)
-    engine.load_weights(InitialWeights(model, 1))
-    return engine
-
-
-def _train_and_score(layout: Layout, model: ModelConfig, num_steps: int) -> Curve:
-    engine = _fresh(layout, model)
-    steps = train(engine, range(num_steps))
-    rows = engine.score(batches(HELD_OUT, engine.mesh, engine.coordinate.data))
-    engine.close()
-    return Curve(steps, {field.name: getattr(rows, field.name).tolist() for field in fields(rows)})
-
-
-def _save(engine: Engine) -> tuple[Tensors, Tensors]:
-    return Tensors.gather(list(engine.weights())), Tensors.gather(list(engine.optimizer_state()))
-
-
-def _restore(engine: Engine, state: tuple[Tensors, Tensors], num_steps: int) -> None:
-    engine.load_weights(state[0])
-    engine.load_optimizer_state(state[1], num_steps=num_steps)
 
 
 def _continue(layout: Layout, state: tuple[Tensors, Tensors] | None, part: int, found: dict[str, Any]) -> Curve:
@@ -151,22 +125,22 @@ def _continue(layout: Layout, state: tuple[Tensors, Tensors] | None, part: int, 
     if state is None:
         engine.load_weights(InitialWeights(MOE, 1))
     else:
-        _restore(engine, state, 5 * part)
+        restore(engine, state, 5 * part)
     steps = train(engine, range(5 * part, 5 * part + 5))
-    found["state"] = _save(engine)
+    found["state"] = save(engine)
     engine.close()
     return Curve(steps, {})
 
 
 def _train_and_resume(layout: Layout) -> dict[str, Any]:
-    engine = _fresh(layout)
+    engine = fresh(layout, MOE)
     train(engine, range(3))
-    state = _save(engine)
-    straight, end = train(engine, range(3, 6)), _save(engine)
+    state = save(engine)
+    straight, end = train(engine, range(3, 6)), save(engine)
     engine.close()
     engine = tiny_engine(layout, MOE)
-    _restore(engine, state, 3)
-    resumed, end_resumed = train(engine, range(3, 6)), _save(engine)
+    restore(engine, state, 3)
+    resumed, end_resumed = train(engine, range(3, 6)), save(engine)
     engine.close()
     different = [
         name
@@ -285,6 +259,13 @@ def test_experts_drop_the_same_tokens_of_a_micro_batch(found, name):
     one = found["dropping/one"]
     assert 0.01 < min(one.of("router_dropped")) < 0.5
     assert_same_curve(f"dropping/{name}", found[f"dropping/{name}"], one)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_documents_are_on_the_curve_of_one_rank(found, name):
+    one = found["packed/one"]
+    assert one.of("loss")[1] != pytest.approx(found["curves/one"].of("loss")[1], abs=1e-4), "documents are kept apart"
+    assert_same_curve(f"packed/{name}", found[f"packed/{name}"], one)
 
 
 def test_every_rank_is_told_the_same(ranks):

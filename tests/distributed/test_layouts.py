@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +11,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks, smaller_world
-from tiny import MODEL, TIED, Layout, Tensors, batches, tiny_engine, train
+from tiny import (
+    HELD_OUT,
+    MODEL,
+    TIED,
+    Curve,
+    Layout,
+    Tensors,
+    apart,
+    batches,
+    fresh,
+    on_mesh,
+    packed,
+    restore,
+    save,
+    tiny_engine,
+    train,
+    train_and_score,
+)
 
-from conf.schema import ModelConfig
-from parallel.engine import Engine, LossSums, StepResult
+from parallel.engine import LossSums
 from parallel.initial import InitialWeights
 from parallel.loss import CrossEntropy
 
@@ -25,7 +40,7 @@ pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
 
 NUM_STEPS = 20
 FEW_STEPS = 6
-HELD_OUT = 1000  # a step that is never trained on
+PACKED_STEPS = 2
 
 ZERO = partial(Layout, backend="deepspeed")
 
@@ -93,6 +108,18 @@ TIED_FP32 = {
     "deepspeed data-3": ZERO(data=2, zero_stage=3),
     "deepspeed pipeline x data-1": ZERO(pipeline=2, data=2, zero_stage=1),
 }
+# Rows of several documents that do not see each other.
+PACKED = {
+    "sequence": Layout(tensor=2, sequence_parallel=True),
+    "pipeline": Layout(pipeline=2),
+    "context": Layout(context=2),
+    "data-sharded": Layout(data=2, zero_stage=1, overlap=True),
+    "tensor x interleaved x context": Layout(
+        tensor=2, pipeline=2, virtual_pipeline=2, context=2, sequence_parallel=True, recompute="full"
+    ),
+    "deepspeed data-3": ZERO(data=2, zero_stage=3, recompute="full"),
+    "deepspeed pipeline 4": ZERO(pipeline=4, recompute="selective"),
+}
 # Runs that are stopped every five steps and go on with half the ranks, and with another engine.
 SHRINKING = {
     "fp32": (
@@ -136,20 +163,6 @@ TWO_ENGINES = {
 }
 
 
-@dataclass(frozen=True)
-class Curve:
-    """What training looked like on a rank, and how held-out rows scored after it."""
-
-    steps: list[StepResult]
-    held_out: dict[str, list[float]]
-
-    def losses(self) -> list[float]:
-        return [step.loss for step in self.steps]
-
-    def grad_norms(self) -> list[float]:
-        return [step.grad_norm for step in self.steps]
-
-
 class NotANumber(CrossEntropy):
     """Cross-entropy of a model that has blown up on one data rank."""
 
@@ -170,73 +183,43 @@ def everything() -> dict[str, Any]:
 
 
 def _runs_of_size(size: int, found: dict[str, Any]) -> None:
-    for family, model, num_steps, layouts in (
-        ("fp32", MODEL, NUM_STEPS, FP32 | {"one": Layout()}),
-        ("few", MODEL, FEW_STEPS, COMBINED | {"one": Layout()}),
-        ("bf16", MODEL, NUM_STEPS, BF16 | {"one": Layout(precision="bf16")}),
-        ("few bf16", MODEL, FEW_STEPS, FEW_BF16 | {"one": Layout(precision="bf16")}),
-        ("tied", TIED, FEW_STEPS, TIED_FP32 | {"one": Layout()}),
+    for family, model, num_steps, layouts, batches_of in (
+        ("fp32", MODEL, NUM_STEPS, FP32 | {"one": Layout()}, batches),
+        ("few", MODEL, FEW_STEPS, COMBINED | {"one": Layout()}, batches),
+        ("bf16", MODEL, NUM_STEPS, BF16 | {"one": Layout(precision="bf16")}, batches),
+        ("few bf16", MODEL, FEW_STEPS, FEW_BF16 | {"one": Layout(precision="bf16")}, batches),
+        ("tied", TIED, FEW_STEPS, TIED_FP32 | {"one": Layout()}, batches),
+        ("packed", MODEL, PACKED_STEPS, PACKED | {"one": Layout()}, packed),
+        ("apart", MODEL, PACKED_STEPS, {"one": Layout()}, apart),
     ):
         for name, layout in layouts.items():
             if layout.mesh.world_size == size:
-                found[f"{family}/{name}"] = _on_mesh(layout, _train_and_score, model, num_steps)
+                found[f"{family}/{name}"] = on_mesh(layout, train_and_score, model, num_steps, batches_of)
     for kind, run, layouts in (
         ("resumed", _train_and_resume, RESUMED),
         ("not finite", _blow_up, REFUSING),
         ("two engines", _teacher_and_student, TWO_ENGINES),
+        ("gradients", _packed_and_apart, {"one": Layout()}),
     ):
         for name, layout in layouts.items():
             if layout.mesh.world_size == size:
-                found[f"{kind}/{name}"] = _on_mesh(layout, run)
+                found[f"{kind}/{name}"] = on_mesh(layout, run)
     states = found.setdefault("states", {})
     for name, parts in SHRINKING.items():
         for part, layout in enumerate(parts):
             if layout.mesh.world_size == size:
-                found[f"shrinking/{name}/{part}"], states[name] = _on_mesh(layout, _continue, states.get(name), part)
-
-
-def _on_mesh(layout: Layout, run: Callable[..., Any], *args: Any) -> Any:
-    from parallel import groups
-
-    groups.enter_mesh(layout.mesh, virtual_pipeline=layout.virtual_pipeline)
-    try:
-        return run(layout, *args)
-    finally:
-        groups.leave_mesh()
-
-
-def _fresh(layout: Layout, model: ModelConfig = MODEL) -> Engine:
-    engine = tiny_engine(layout, model)
-    engine.load_weights(InitialWeights(model, 1))
-    return engine
-
-
-def _train_and_score(layout: Layout, model: ModelConfig, num_steps: int) -> Curve:
-    engine = _fresh(layout, model)
-    steps = train(engine, range(num_steps))
-    rows = engine.score(batches(HELD_OUT, engine.mesh, engine.coordinate.data))
-    engine.close()
-    return Curve(steps, {field.name: getattr(rows, field.name).tolist() for field in fields(rows)})
-
-
-def _save(engine: Engine) -> tuple[Tensors, Tensors]:
-    return Tensors.gather(list(engine.weights())), Tensors.gather(list(engine.optimizer_state()))
-
-
-def _restore(engine: Engine, state: tuple[Tensors, Tensors], num_steps: int) -> None:
-    engine.load_weights(state[0])
-    engine.load_optimizer_state(state[1], num_steps=num_steps)
+                found[f"shrinking/{name}/{part}"], states[name] = on_mesh(layout, _continue, states.get(name), part)
 
 
 def _train_and_resume(layout: Layout) -> dict[str, Any]:
-    engine = _fresh(layout)
+    engine = fresh(layout)
     train(engine, range(5))
-    state = _save(engine)
-    straight, end = train(engine, range(5, 10)), _save(engine)
+    state = save(engine)
+    straight, end = train(engine, range(5, 10)), save(engine)
     engine.close()
     engine = tiny_engine(layout)
-    _restore(engine, state, 5)
-    resumed, end_resumed = train(engine, range(5, 10)), _save(engine)
+    restore(engine, state, 5)
+    resumed, end_resumed = train(engine, range(5, 10)), save(engine)
     engine.close()
     different = [
         name
@@ -254,15 +237,15 @@ def _continue(
     if state is None:
         engine.load_weights(InitialWeights(MODEL, 1))
     else:
-        _restore(engine, state, 5 * part)
+        restore(engine, state, 5 * part)
     steps = train(engine, range(5 * part, 5 * part + 5))
-    state = _save(engine)
+    state = save(engine)
     engine.close()
     return Curve(steps, {}), state
 
 
 def _blow_up(layout: Layout) -> dict[str, Any]:
-    engine = _fresh(layout)
+    engine = fresh(layout)
     before = train(engine, range(3))
     mine = batches(3, engine.mesh, engine.coordinate.data)
     objective = NotANumber() if engine.coordinate.data == 1 else CrossEntropy()
@@ -279,11 +262,27 @@ def _blow_up(layout: Layout) -> dict[str, Any]:
     return {"curve": Curve(before + after, {}), "stop": [step.stop for step in before], "stopped": stopped.stop}
 
 
+def _packed_and_apart(layout: Layout) -> dict[str, float]:
+    """By weight, how far its gradient from packed rows is from that of the documents alone, over its largest part."""
+    first_moments = []
+    for batches_of in (packed, apart):
+        engine = fresh(layout)
+        train(engine, range(1), batches_of)
+        # After one step that is the gradient, clipped, by 1 - beta1.
+        first_moments.append(
+            {name: tensor for name, tensor in save(engine)[1].tensors.items() if name.startswith("exp_avg/")}
+        )
+        engine.close()
+    one, other = first_moments
+    assert len(one) > 4 * MODEL.num_layers
+    return {name: ((one[name] - other[name]).abs().max() / other[name].abs().max()).item() for name in one}
+
+
 def _teacher_and_student(layout: Layout) -> dict[str, Any]:
     narrow = replace(TIED, name="student", num_layers=2, hidden_size=32, num_attention_heads=2)
     teacher = tiny_engine(layout, MODEL, optim=None)
     teacher.load_weights(InitialWeights(MODEL, 1))
-    student = _fresh(layout, narrow)
+    student = fresh(layout, narrow)
     questions = batches(HELD_OUT, layout.mesh, teacher.coordinate.data)
     before = teacher.score(questions)
     losses = [step.loss for step in train(student, range(FEW_STEPS))]
@@ -341,6 +340,24 @@ def test_combined_axes_are_on_the_same_curve(found, name):
     one, other = found["few/one"], found[f"few/{name}"]
     assert_same_curve(name, other, one, abs=1e-5)
     assert other.grad_norms() == pytest.approx(one.grad_norms(), abs=1e-4)
+
+
+def test_packed_documents_are_trained_on_as_if_each_were_alone(found):
+    together, alone = found["packed/one"], found["apart/one"]
+    assert_same_curve("documents apart", together, alone, abs=1e-5)
+    assert together.grad_norms() == pytest.approx(alone.grad_norms(), abs=1e-5)
+    assert [step.num_tokens for step in together.steps] == [step.num_tokens for step in alone.steps]
+    assert max(found["gradients/one"].values()) < 1e-5
+    joined = found["few/one"].losses()[:PACKED_STEPS]
+    assert max(math.fabs(a - b) for a, b in zip(together.losses(), joined, strict=True)) > 1e-3, "it matters"
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_documents_are_on_the_curve_of_one_rank(found, name):
+    one, other = found["packed/one"], found[f"packed/{name}"]
+    assert_same_curve(f"packed {name}", other, one, abs=1e-5)
+    assert other.grad_norms() == pytest.approx(one.grad_norms(), abs=1e-4)
+    assert other.held_out["loss_B"] == pytest.approx(one.held_out["loss_B"], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", [*(f"fp32/{name}" for name in FP32), *(f"few/{name}" for name in COMBINED)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +12,9 @@ import torch.distributed as dist
 
 from conf.errors import CheckpointError
 from conf.schema import EngineConfig, MeshConfig, ModelConfig, OptimConfig
-from data.batch import Batch
+from data.batch import Batch, positions_in_documents
 from parallel.engine import Engine, Piece, StepResult, TensorSource, make_engine
+from parallel.initial import InitialWeights
 from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
 
@@ -44,6 +47,8 @@ OPTIM = OptimConfig(
     clip_grad_norm=1.0,
 )
 GLOBAL_BATCH, MICRO_BATCH, LENGTH, SEED = 8, 2, 32, 7
+HELD_OUT = 1000  # a step that is never trained on
+NUM_DOCUMENTS = 3  # of a packed row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +123,110 @@ def batches(step: int, mesh: Mesh, data_rank: int) -> list[Batch]:
     ]
 
 
-def train(engine: Engine, steps: range) -> list[StepResult]:
+def packed(step: int, mesh: Mesh, data_rank: int) -> list[Batch]:
+    """`batches` whose rows are several documents each; those of the first micro-batch are whole."""
+    random = np.random.default_rng([SEED, step, 1])
+    starts = np.zeros((GLOBAL_BATCH, LENGTH), dtype=np.bool_)
+    for row in range(MICRO_BATCH, GLOBAL_BATCH):
+        starts[row, 1 + random.choice(LENGTH - 1, NUM_DOCUMENTS - 1, replace=False)] = True
+    positions = positions_in_documents(starts)
+    whole = batches(step, mesh, data_rank)
+    return [replace(batch, position_ids_BS=positions[batch.sample_ids_B - step * GLOBAL_BATCH]) for batch in whole]
+
+
+def apart(step: int, mesh: Mesh, data_rank: int) -> list[Batch]:
+    """The documents of `packed`, each at the beginning of a row of its own; what fills the row does not count."""
+    return [_documents(batch, number) for batch in packed(step, mesh, data_rank) for number in range(NUM_DOCUMENTS)]
+
+
+def _documents(batch: Batch, number: int) -> Batch:
+    def moved(array: Any) -> Any:
+        rows = np.zeros_like(array)
+        for row, positions in enumerate(batch.position_ids_BS):
+            document = array[row, (positions == 0).cumsum() == number + 1]
+            rows[row, : len(document)] = document
+        return rows
+
+    return replace(
+        batch,
+        tokens_BS=moved(batch.tokens_BS),
+        labels_BS=moved(batch.labels_BS),
+        loss_mask_BS=moved(batch.loss_mask_BS),
+        position_ids_BS=np.tile(np.arange(LENGTH), (MICRO_BATCH, 1)),
+    )
+
+
+def train(
+    engine: Engine, steps: range, batches_of: Callable[[int, Mesh, int], list[Batch]] = batches
+) -> list[StepResult]:
     """Take steps; the learning rate warms up and falls, as a schedule would have it."""
     return [
         engine.step(
-            batches(step, engine.mesh, engine.coordinate.data),
+            batches_of(step, engine.mesh, engine.coordinate.data),
             CrossEntropy(z_loss=1e-4),
             learning_rate=OPTIM.learning_rate * min(step + 1, 20 - step) / 10,
         )
         for step in steps
     ]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What training looked like on a rank, and how held-out rows scored after it."""
+
+    steps: list[StepResult]
+    held_out: dict[str, list[float]]
+
+    def of(self, name: str) -> list[float]:
+        """The values of a step's field or metric."""
+        return [step.metrics[name] if name in step.metrics else getattr(step, name) for step in self.steps]
+
+    def losses(self) -> list[float]:
+        return self.of("loss")
+
+    def grad_norms(self) -> list[float]:
+        return self.of("grad_norm")
+
+
+def on_mesh(layout: Layout, run: Callable[..., Any], *args: Any) -> Any:
+    """What `run(layout, *args)` returns within the groups of the layout's mesh."""
+    from parallel import groups
+
+    groups.enter_mesh(layout.mesh, virtual_pipeline=layout.virtual_pipeline)
+    try:
+        return run(layout, *args)
+    finally:
+        groups.leave_mesh()
+
+
+def fresh(layout: Layout, model: ModelConfig = MODEL) -> Engine:
+    """An engine with weights that every layout begins with."""
+    engine = tiny_engine(layout, model)
+    engine.load_weights(InitialWeights(model, 1))
+    return engine
+
+
+def train_and_score(
+    layout: Layout,
+    model: ModelConfig,
+    num_steps: int,
+    batches_of: Callable[[int, Mesh, int], list[Batch]] = batches,
+) -> Curve:
+    engine = fresh(layout, model)
+    steps = train(engine, range(num_steps), batches_of)
+    rows = engine.score(batches_of(HELD_OUT, engine.mesh, engine.coordinate.data))
+    engine.close()
+    return Curve(steps, {field.name: getattr(rows, field.name).tolist() for field in fields(rows)})
+
+
+def save(engine: Engine) -> tuple[Tensors, Tensors]:
+    """Weights and optimizer state, whole."""
+    return Tensors.gather(list(engine.weights())), Tensors.gather(list(engine.optimizer_state()))
+
+
+def restore(engine: Engine, state: tuple[Tensors, Tensors], num_steps: int) -> None:
+    engine.load_weights(state[0])
+    engine.load_optimizer_state(state[1], num_steps=num_steps)
 
 
 class Tensors(TensorSource):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from conf.schema import EngineConfig, MeshConfig, ModelConfig, OptimConfig
-from data.batch import Batch
+from data.batch import Batch, positions_in_documents
 from parallel.mesh import Mesh
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -83,14 +84,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     groups.shut_down()
 
 
-def losses(config: EngineConfig, num_steps: int = 8) -> list[float]:
+def packed_batch() -> Batch:
+    """Three documents in one row and one in the other."""
+    starts = np.zeros((2, 256), dtype=np.bool_)
+    starts[0, [70, 171]] = True
+    return replace(batch(), position_ids_BS=positions_in_documents(starts))
+
+
+def losses(config: EngineConfig, num_steps: int = 8, given: Batch | None = None) -> list[float]:
     from parallel.engine import make_engine
     from parallel.initial import InitialWeights
     from parallel.loss import CrossEntropy
 
     engine = make_engine(MODEL, config, OPTIM, MESH, micro_batch=2)
     engine.load_weights(InitialWeights(MODEL, 0))
-    found = [engine.step([batch()], CrossEntropy(), learning_rate=1e-3).loss for _ in range(num_steps)]
+    found = [engine.step([given or batch()], CrossEntropy(), learning_rate=1e-3).loss for _ in range(num_steps)]
     assert engine.peak_memory_bytes() > 4 * engine.num_parameters
     engine.close()
     return found
@@ -110,6 +118,15 @@ def test_saving_memory_or_waiting_does_not_change_the_numbers(changes):
 def test_compiled_layers_take_the_same_steps():
     assert losses(engine_config("fp32", compile=True)) == pytest.approx(losses(engine_config("fp32")), abs=1e-4)
     assert losses(engine_config("bf16", compile=True)) == pytest.approx(losses(engine_config("bf16")), abs=0.02)
+
+
+@pytest.mark.parametrize("changes", [{}, {"compile": True}, {"recompute": "full"}], ids=str)
+def test_documents_by_their_lengths_are_those_one_by_one(changes):
+    """bf16 takes the kernel that knows lengths, fp32 the loop over documents."""
+    single = losses(engine_config("fp32"), given=packed_batch())
+    half = losses(engine_config("bf16", **changes), given=packed_batch())
+    assert half == pytest.approx(single, abs=0.02)
+    assert half[-1] < half[0] - 0.5
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp8_rowwise"])
@@ -164,10 +181,10 @@ def test_the_device_never_waits_for_the_host_in_a_step():
 
     engine = make_engine(MODEL, engine_config("bf16"), OPTIM, MESH, micro_batch=2)
     engine.load_weights(InitialWeights(MODEL, 0))
-    engine.step([batch()], CrossEntropy(), learning_rate=1e-3)
+    engine.step([batch(), packed_batch()], CrossEntropy(), learning_rate=1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.step([batch()], CrossEntropy(), learning_rate=1e-3)
+        engine.step([batch(), packed_batch()], CrossEntropy(), learning_rate=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         engine.close()
@@ -211,7 +228,7 @@ def test_logits_of_a_whole_batch_are_never_there():
 def test_attention_kernel_is_the_one_of_the_rule():
     from parallel.attention_kernel import TORCH_DECIDES, attention_kernel
 
-    assert (attention_kernel() != TORCH_DECIDES) == (torch.cuda.get_device_capability()[0] in (9, 10))
+    assert (attention_kernel().name != TORCH_DECIDES.name) == (torch.cuda.get_device_capability()[0] in (9, 10))
 
 
 @pytest.mark.parametrize(
@@ -239,3 +256,30 @@ def test_attention_kernel_is_causal_attention(num_queries):
     seen = places[None, :] <= places[512 - num_queries :, None]
     expected = scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
     torch.testing.assert_close(output.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_kernel_of_lengths_attends_and_learns_as_document_by_document(context):
+    """Forward and backward, shared key-value heads, whole rows and the chunks of context ranks."""
+    from parallel.attention import attend_by_lengths, attend_one_by_one, chunks_of_rank
+    from parallel.attention_kernel import TORCH_DECIDES
+    from parallel.documents import Documents
+
+    if torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("FlashAttention needs Ampere or later")
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    positions = positions_in_documents(random.random((2, 512)) < 0.02)
+    chunks, num_chunks = ((0,), 1) if context == 1 else (chunks_of_rank(1, context), 2 * context)
+    documents = Documents(positions, chunks, num_chunks).to(torch.device("cuda", torch.cuda.current_device()))
+    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    query = torch.randn(512 // context, 2, 8, 64, **options)
+    key, value = torch.randn(512, 2, 2, 64, **options), torch.randn(512, 2, 2, 64, **options)
+    found = attend_by_lengths(query, key, value, documents, 0.125)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    expected = attend_one_by_one(*exact, documents, 0.125, TORCH_DECIDES)
+    torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+    pull = torch.randn_like(expected)
+    gradients = torch.autograd.grad(found, (query, key, value), pull.to(found.dtype))
+    for mine, its in zip(gradients, torch.autograd.grad(expected, exact, pull), strict=True):
+        assert (mine.double() - its).norm() < 0.02 * its.norm()

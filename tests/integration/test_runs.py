@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from command_line import TINY_FOUNDATION, TINY_MODEL, TINY_VARIANTS, Ended, environment, losses, records, run_in, train
 
+from conf import load
+
 pytestmark = pytest.mark.timeout(420)
 
 
@@ -138,7 +140,9 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(tmp_path: Path):
     assert re.search(r"log +\S+rank-0000[01]\.log", ended.output)
 
 
-def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from(whole: Ended, tmp_path: Path):
+def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from_also_with_documents_apart(
+    whole: Ended, tmp_path: Path
+):
     copied = tmp_path / "copied"
     shutil.copytree(json.loads((whole.run / "config.json").read_text())["init"], copied)
     ended = train(
@@ -151,10 +155,17 @@ def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from(whole: Ended
         "stages.specialise.training.validation_tokens=2000",
         "stages.evaluate.tokens=2000",
         "tracking.mode=disabled",
+        "data.reset_at_documents=true",
     )
     assert ended.code == 0, ended.output
     assert "no n-gram beside init" in ended.output
     assert (ended.run / "export" / "specialise" / "model.safetensors").exists()
+    assert "document by document" in (ended.run / "logs" / "rank-00000.log").read_text(), "documents were kept apart"
+    # And so FLOPs are those of the documents, by the rows of rank 0.
+    model, steps = load.read(ended.run / "config.json").model, records(ended.run, "step")
+    flops = [2e12 * step["model_tflops"] / step["tokens_per_second"] for step in steps]
+    assert min(flops) < max(flops) <= model.train_flops_per_token(64) * (1 + 1e-9)
+    assert min(flops) > model.train_flops_per_token(1)
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_launch(whole: Ended, tmp_path: Path):

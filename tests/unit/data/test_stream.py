@@ -5,10 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import MakeDataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conf.errors import DataError
 from conf.schema import ShuffleConfig
 from data import stream as stream_module
+from data.batch import Batch, attended_length, positions_in_documents
 from data.shards import Dataset
 from data.stream import Stream, StreamSpec
 
@@ -42,11 +45,11 @@ def short_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_plans")
 @pytest.mark.parametrize("data_size", [1, 2, 4, 8, 64])
 def test_the_global_batch_is_the_same_for_every_data_size(two: dict[str, Dataset], data_size: int) -> None:
-    stream = stream_of(two)
+    stream = stream_of(two, reset_at_documents=True)
     whole = stream.batches(7, 0, 1)
     shared = [batch for data_rank in range(data_size) for batch in stream.batches(7, data_rank, data_size)]
     assert len(shared) == BATCH // 3
-    for field in ("tokens_BS", "labels_BS", "sample_ids_B"):
+    for field in ("tokens_BS", "labels_BS", "position_ids_BS", "sample_ids_B"):
         expected = np.concatenate([getattr(batch, field) for batch in whole])
         assert np.array_equal(np.concatenate([getattr(batch, field) for batch in shared]), expected)
 
@@ -105,6 +108,46 @@ def test_a_sample_is_its_window_of_text_and_labels_follow_tokens(two: dict[str, 
     assert (batch.loss_mask_BS == 1).all()
     assert (batch.position_ids_BS == np.arange(LENGTH)).all()
     assert batch.tokens_BS.dtype == batch.labels_BS.dtype == np.int64
+
+
+def test_positions_begin_anew_with_every_document_when_asked(two: dict[str, Dataset]) -> None:
+    plain, stream = stream_of(two), stream_of(two, reset_at_documents=True)
+    # The index knows where documents end without looking at tokens.
+    tables = {name: dataset.documents("train", 0) for name, dataset in two.items()}
+    last_tokens = {
+        name: set((np.add(table["first_token"].to_numpy(), table["num_tokens"].to_numpy()) - 1).tolist())
+        for name, table in tables.items()
+    }
+    joined, requests = plain.batches(2, 0, 1), plain.counters()[0]["requests"]
+    apart = stream.batches(2, 0, 1)
+    assert stream.counters()[0]["requests"] == requests, "both read the same datasets, and nothing was left to read"
+    num_documents = 0
+    for before, batch in zip(joined, apart, strict=True):
+        for field in ("tokens_BS", "labels_BS", "loss_mask_BS", "sample_ids_B"):
+            assert np.array_equal(getattr(batch, field), getattr(before, field))
+        expected = []
+        for sample in stream.samples(batch.sample_ids_B):
+            # A document is begun by the end-of-text token before it, as where held-out documents are scored.
+            begins = [sample.first_token + place in last_tokens[sample.source] for place in range(LENGTH)]
+            starts = [0, *(place for place in range(1, LENGTH) if begins[place])]
+            expected.append([place - max(start for start in starts if start <= place) for place in range(LENGTH)])
+        assert batch.position_ids_BS.tolist() == expected
+        num_documents += len(batch.cumulative_lengths) - 1
+    assert num_documents > BATCH + 20, "some rows hold several"
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4))
+def test_documents_of_a_batch_partition_its_rows(starts: list[list[bool]]) -> None:
+    positions = positions_in_documents(np.array(starts))
+    batch = Batch(positions, positions, np.ones(positions.shape, np.float32), positions, np.arange(len(starts)))
+    bounds = batch.cumulative_lengths
+    assert bounds[0] == 0 and bounds[-1] == positions.size and bounds.dtype == np.int32
+    pieces = np.split(positions.reshape(-1), bounds[1:-1])
+    assert all(piece.tolist() == list(range(len(piece))) for piece in pieces)
+    assert set(range(0, positions.size, 7)) <= set(bounds.tolist())
+    # What the FLOPs of causal attention follow: query-key pairs within documents.
+    pairs = sum(1 for piece in pieces for query in range(len(piece)) for key in range(len(piece)))
+    assert attended_length([batch]) == pytest.approx(pairs / positions.size)
 
 
 def test_the_documents_of_a_step_are_those_its_tokens_are_of(two: dict[str, Dataset]) -> None:

@@ -41,7 +41,16 @@ def test_each_context_rank_has_an_early_and_a_late_chunk():
     assert held == [[0, 1, 6, 7], [2, 3, 4, 5]]
 
 
-def test_positions_that_start_again_within_a_row_are_refused():
-    restarted = replace(batch(), position_ids_BS=np.tile(np.arange(12) % 6, (2, 1)))
+@pytest.mark.parametrize("context", [1, 3])
+def test_rows_with_one_document_each_have_nothing_to_keep_apart(context):
+    mesh = Mesh(context=context)
+    assert inputs_of_rank(batch(), mesh, mesh.coordinate(0), CPU).documents is None
+    second = batch().position_ids_BS % np.array([[12], [5]])
+    documents = inputs_of_rank(replace(batch(), position_ids_BS=second), mesh, mesh.coordinate(0), CPU).documents
+    assert documents is not None and len(documents.query_bounds) - 1 == 4
+
+
+def test_positions_that_begin_within_a_document_are_refused():
+    shifted = replace(batch(), position_ids_BS=np.tile(np.arange(12) + 1, (2, 1)))
     with pytest.raises(ValueError, match="positions of a row"):
-        inputs_of_rank(restarted, Mesh(), Mesh().coordinate(0), CPU)
+        inputs_of_rank(shifted, Mesh(), Mesh().coordinate(0), CPU)
