@@ -52,8 +52,11 @@ def write_model(
     files = plan_files(checkpoint, DTYPES[stage.precision].itemsize)
     for index, (file, names) in enumerate(files.items()):
         if index % context.place.world_size == context.place.rank:
-            whole = {name: whole_tensor(checkpoint, name).to(DTYPES[stage.precision]) for name in names}
-            tensors = whole if quantisation is None else compressed_tensors(whole, quantisation)
+            dtype, whole = DTYPES[stage.precision], {name: whole_tensor(checkpoint, name) for name in names}
+            if quantisation is None:
+                tensors = {name: tensor.to(dtype) for name, tensor in whole.items()}
+            else:
+                tensors = compressed_tensors(whole, quantisation, dtype)
             save_file(tensors, directory / file, metadata={"format": "pt"})
     dist.barrier()
     if context.is_first:

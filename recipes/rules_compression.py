@@ -109,6 +109,17 @@ def compressed_models_are_dense(config: RunConfig, machine: Machine) -> Iterator
             )
 
 
+def smoothing_has_a_use(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Outliers of inputs matter only where inputs are rounded."""
+    for name, stage in stages_of(config):
+        if isinstance(stage, QuantiseStage) and stage.scheme == "w8a16" and stage.smoothing is not None:
+            yield Problem(
+                f"stages.{name}.smoothing",
+                f"is {stage.smoothing:g}; it makes inputs easier to round, and scheme=w8a16 leaves them as they are. "
+                "Set it to null, or scheme=w8a8.",
+            )
+
+
 def calibration_is_sound(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Calibration text is of sources there are, and of rows the model can read."""
     known = ", ".join(config.data.sources)
@@ -346,6 +357,7 @@ def cuts_are_shallow(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 RULES = (
     named_models_exist,
     compressed_models_are_dense,
+    smoothing_has_a_use,
     calibration_is_sound,
     calibration_is_shared_evenly,
     shapes_can_be_sharded_and_exported,

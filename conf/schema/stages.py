@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from conf.schema.training import TrainingConfig
-from conf.schema.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Precision, Strict
+from conf.schema.types import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Scheme,
+    Strict,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,17 +161,19 @@ class ControlStage(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantiseStage(Strict):
-    """Round an earlier model to INT8; the recipe goes on with the model it had."""
+    """Round an earlier model to eight bits; the recipe goes on with the model it had."""
 
     kind: Literal["quantise"]
     model: str
     """Earlier stage, or `init`."""
-    scheme: Literal["w8a16", "w8a8"]
-    """w8a16: weights. w8a8: weights, and the inputs of linear layers as they come."""
+    scheme: Scheme
+    """w8a16: INT8 weights. w8a8: INT8 weights, and the inputs of linear layers as they come. fp8: both in E4M3."""
+    smoothing: Fraction | None
+    """How much of what outliers of inputs make difficult goes to the weights (SmoothQuant's alpha); null: none."""
     most_cost: NonNegativeFloat | None
     """A layer that alone raises the loss by more nats a token stays as it was; null: all are rounded."""
     calibration: CalibrationConfig
-    """Text that cost is measured on."""
+    """Text that inputs are observed on for `smoothing`, and as much other text that cost is measured on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
