@@ -40,6 +40,8 @@ from train.quantities import byte_size
 # Cut deeper at once, models are hard to recover (Muralidharan et al. 2024).
 DEEPEST_CUT = 0.5
 MOST_TENSOR_RANKS = 8
+NEW_TOKENS = 16
+"""Written after a prompt when exported models are timed."""
 
 
 def present(config: RunConfig, names: Iterable[str]) -> tuple[str, ...]:
@@ -297,6 +299,30 @@ def evaluation_has_its_models(config: RunConfig, machine: Machine) -> Iterator[P
                     yield Problem(where, f"'{model}' is not among the models that are evaluated: {possible}.")
 
 
+def speed_can_be_measured(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What is timed is exported, and a prompt and what is written after it fit the model."""
+    stages = dict(stages_of(config))
+    exports = {name: stage for name, stage in stages.items() if isinstance(stage, ExportStage)}
+    exported = {model for stage in exports.values() for model in present(config, stage.models)}
+    for name, stage in exports.items():
+        length, most = stage.speed_prompt_tokens + NEW_TOKENS, config.model.max_sequence_length
+        if stage.speed_prompt_tokens and length > most:
+            yield Problem(
+                f"stages.{name}.speed_prompt_tokens",
+                f"is {stage.speed_prompt_tokens}, and {NEW_TOKENS} tokens are written after it: positions end at "
+                f"model.max_sequence_length={most}. Set it to {most - NEW_TOKENS} at most, or to 0 to measure none.",
+            )
+    for name, stage in stages.items():
+        for label, target in stage.targets.items() if isinstance(stage, EvaluateStage) and exports else ():
+            for model in present(config, (target.model, target.baseline)):
+                if target.quantity == "speed" and model not in exported:
+                    yield Problem(
+                        f"stages.{name}.targets.{label}",
+                        f"speed is that of exported models, and '{model}' is not among them: "
+                        f"{', '.join(sorted(exported))}.",
+                    )
+
+
 def teachers_fit_beside_students(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """The fullest GPU holds the teacher's weights and the student's training state, even before activations."""
     gpu = gpu_of(config, machine)
@@ -364,6 +390,7 @@ RULES = (
     targets_can_be_held,
     divergences_can_be_computed,
     evaluation_has_its_models,
+    speed_can_be_measured,
     teachers_fit_beside_students,
 )
 WARNINGS = (cuts_are_shallow,)

@@ -174,6 +174,8 @@ class QuantiseStage(Strict):
     """A layer that alone raises the loss by more nats a token stays as it was; null: all are rounded."""
     calibration: CalibrationConfig
     """Text that inputs are observed on for `smoothing`, and as much other text that cost is measured on."""
+    control: bool
+    """Made to be compared with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,8 +185,8 @@ class TargetConfig(Strict):
     model: str
     baseline: str
     source: str
-    quantity: Literal["accuracy", "size"]
-    """Ratio of next-token accuracy, on `source`, or of parameters."""
+    quantity: Literal["accuracy", "size", "speed"]
+    """Ratio of next-token accuracy, on `source`, of parameters, or of tokens a second written by the exported model."""
     at_least: NonNegativeFloat | None
     at_most: NonNegativeFloat | None
 
@@ -221,6 +223,8 @@ class ExportStage(Strict):
     models: tuple[str, ...]
     """Earlier stages, each written to `export/NAME`; none: the incoming model, to `export`."""
     precision: Precision
+    speed_prompt_tokens: NonNegativeInt
+    """Tokens of the prompt after which exported models are timed, in transformers, all on one device; 0: none is."""
 
 
 TrainingStage = PretrainStage | SpecialiseStage | RecoverStage | DistillStage | ControlStage
