@@ -3,10 +3,11 @@
 Runs the module recipe with `controls=true` once a regime and seed, each from a foundation of its own. What was found
 goes to `--output` after every run; a run that is there already is not made again, so a bench that was cut goes on.
 
-Two regimes, because what a teacher's logits are worth depends on them:
+Regimes, because what a teacher's logits are worth depends on them:
 - limited: little text of each domain and many passes over it. Labels have taught the teacher what they can; what is
   learnt from them further is learnt by heart.
 - plentiful: more text than is used. Every label is news to a teacher that is far from converged.
+- patient: the teacher of `limited`, which must have been run, and 10:1 students that take four times as many tokens.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Regime:
         specialise_tokens: that the teacher is then trained on.
         recover_tokens: that pruned models and their controls are trained on.
         distill_tokens: that 10:1 students are trained on.
+        teacher_of: regime whose teacher is taken; students alone are trained.
     """
 
     characters: int | None
@@ -50,6 +52,7 @@ class Regime:
     specialise_tokens: int
     recover_tokens: int
     distill_tokens: int
+    teacher_of: str | None = None
 
 
 REGIMES = {
@@ -66,6 +69,14 @@ REGIMES = {
         specialise_tokens=500_000,
         recover_tokens=300_000,
         distill_tokens=300_000,
+    ),
+    "patient": Regime(
+        characters=300_000,
+        foundation_tokens=0,
+        specialise_tokens=0,
+        recover_tokens=0,
+        distill_tokens=1_600_000,
+        teacher_of="limited",
     ),
 }
 
@@ -88,8 +99,9 @@ def write_text(directory: Path, characters: int | None) -> dict[str, Path]:
     return files
 
 
-def run(directory: Path, recipe: str, regime: Regime, seed: int, overrides: Sequence[str]) -> Path:
-    """One run of the recipe, after its foundation's; returns its record."""
+def run(output: Path, recipe: str, name: str, seed: int, overrides: Sequence[str]) -> Path:
+    """One run of the recipe in a regime, after its foundation's; returns its record."""
+    regime, directory = REGIMES[name], output / f"{name}-{seed}"
     text = write_text(directory / "text", regime.characters)
     shared = [
         f"seed={seed}",
@@ -101,14 +113,23 @@ def run(directory: Path, recipe: str, regime: Regime, seed: int, overrides: Sequ
         "stages.evaluate.tokens=40e3",
     ]
     train = [sys.executable, "-m", "train"]
-    foundation = [f"stages.pretrain.training.tokens={regime.foundation_tokens}", "order=[pretrain,evaluate]"]
-    subprocess.run([*train, "recipe=foundation", *shared, *foundation], check=True)
-    module = [
-        "controls=true",
-        f"stages.specialise.training.tokens={regime.specialise_tokens}",
-        f"stages.recover.training.tokens={regime.recover_tokens}",
-        f"stages.distill.training.tokens={regime.distill_tokens}",
-    ]
+    module = ["controls=true", f"stages.distill.training.tokens={regime.distill_tokens}"]
+    if regime.teacher_of is not None:
+        runs = output / f"{regime.teacher_of}-{seed}" / "runs"
+        teacher = max(runs.glob(f"{recipe}-*/stages/specialise/checkpoints/step-*"))
+        module += [
+            f"init={teacher}",
+            "order=[distill,student_alone,student_alone_flops,evaluate]",
+            "stages.distill.distillation.teacher=init",
+            "stages.evaluate.comparisons.distill=[init,student_alone,student_alone_flops]",
+        ]
+    else:
+        foundation = [f"stages.pretrain.training.tokens={regime.foundation_tokens}", "order=[pretrain,evaluate]"]
+        subprocess.run([*train, "recipe=foundation", *shared, *foundation], check=True)
+        module += [
+            f"stages.specialise.training.tokens={regime.specialise_tokens}",
+            f"stages.recover.training.tokens={regime.recover_tokens}",
+        ]
     subprocess.run([*train, f"recipe={recipe}", *shared, *module, *overrides], check=True)
     (record,) = (directory / "runs").glob(f"{recipe}-*/metrics.jsonl")
     return record
@@ -158,7 +179,7 @@ def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
 def main() -> int:
     """Run what is missing, add up, print."""
     parser = argparse.ArgumentParser(prog="python -m bench.compression", description=__doc__)
-    parser.add_argument("--regime", nargs="+", default=["limited", "plentiful"], choices=REGIMES)
+    parser.add_argument("--regime", nargs="+", default=list(REGIMES), choices=REGIMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--recipe", default="business_module")
     parser.add_argument("--output", type=Path, default=Path("compression"), help="directory of results and runs")
@@ -172,7 +193,7 @@ def main() -> int:
         for seed in given.seeds:
             if (regime, seed) in done:
                 continue
-            record = run(given.output / f"{regime}-{seed}", given.recipe, REGIMES[regime], seed, given.override)
+            record = run(given.output, given.recipe, regime, seed, given.override)
             new = [{"regime": regime, "seed": seed, **each} for each in found(record)]
             with file.open("a") as stream:
                 stream.writelines(json.dumps(each) + "\n" for each in new)

@@ -304,16 +304,18 @@ def speed_can_be_measured(config: RunConfig, machine: Machine) -> Iterator[Probl
     stages = dict(stages_of(config))
     exports = {name: stage for name, stage in stages.items() if isinstance(stage, ExportStage)}
     exported = {model for stage in exports.values() for model in present(config, stage.models)}
-    for name, stage in exports.items():
-        length, most = stage.speed_prompt_tokens + NEW_TOKENS, config.model.max_sequence_length
-        if stage.speed_prompt_tokens and length > most:
+    for name, export in exports.items():
+        length, most = export.speed_prompt_tokens + NEW_TOKENS, config.model.max_sequence_length
+        if export.speed_prompt_tokens and length > most:
             yield Problem(
                 f"stages.{name}.speed_prompt_tokens",
-                f"is {stage.speed_prompt_tokens}, and {NEW_TOKENS} tokens are written after it: positions end at "
+                f"is {export.speed_prompt_tokens}, and {NEW_TOKENS} tokens are written after it: positions end at "
                 f"model.max_sequence_length={most}. Set it to {most - NEW_TOKENS} at most, or to 0 to measure none.",
             )
     for name, stage in stages.items():
-        for label, target in stage.targets.items() if isinstance(stage, EvaluateStage) and exports else ():
+        if not isinstance(stage, EvaluateStage) or not exports:
+            continue
+        for label, target in stage.targets.items():
             for model in present(config, (target.model, target.baseline)):
                 if target.quantity == "speed" and model not in exported:
                     yield Problem(

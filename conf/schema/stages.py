@@ -168,13 +168,13 @@ class QuantiseStage(Strict):
     """Earlier stage, or `init`."""
     scheme: Scheme
     """w8a16: INT8 weights. w8a8: INT8 weights, and the inputs of linear layers as they come. fp8: both in E4M3."""
-    smoothing: Fraction | None
+    smoothing: Fraction | None = None
     """How much of what outliers of inputs make difficult goes to the weights (SmoothQuant's alpha); null: none."""
     most_cost: NonNegativeFloat | None
     """A layer that alone raises the loss by more nats a token stays as it was; null: all are rounded."""
     calibration: CalibrationConfig
     """Text that inputs are observed on for `smoothing`, and as much other text that cost is measured on."""
-    control: bool
+    control: bool = False
     """Made to be compared with."""
 
 
@@ -223,7 +223,7 @@ class ExportStage(Strict):
     models: tuple[str, ...]
     """Earlier stages, each written to `export/NAME`; none: the incoming model, to `export`."""
     precision: Precision
-    speed_prompt_tokens: NonNegativeInt
+    speed_prompt_tokens: NonNegativeInt = 0
     """Tokens of the prompt after which exported models are timed, in transformers, all on one device; 0: none is."""
 
 
