@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from conf.errors import UserError
-from conf.schema import EngineConfig, ModelConfig, OptimConfig
+from conf.schema import EngineConfig, ModelConfig, OptimConfig, Scheme
 from data.batch import Batch
 from parallel.importance import Importance
 from parallel.mesh import Coordinate, Mesh
+from parallel.ranges import Channels
 
 T = TypeVar("T")
 
@@ -188,8 +189,19 @@ class Engine(Protocol):
         """
         ...
 
-    def round_inputs(self, kept_layers: Collection[int]) -> None:
-        """From now on round what goes into the layers' matrices to INT8, a scale a token, but for `kept_layers`."""
+    def input_ranges(self, micro_batches: Sequence[Batch]) -> Channels:
+        """The largest absolute value of every channel that goes into the layers' matrices; forward passes only.
+
+        Raises:
+            FloatingPointError: an activation is not finite.
+        """
+        ...
+
+    def round_inputs(self, scheme: Scheme, kept_layers: Collection[int]) -> None:
+        """From now on round what goes into the layers' matrices, a scale a token, but for `kept_layers`.
+
+        Takes the place of what was said before; nothing is rounded under a scheme that leaves inputs as they are.
+        """
         ...
 
     def weights(self) -> Iterator[Piece]:

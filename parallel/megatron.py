@@ -16,7 +16,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from conf.schema import EngineConfig, ModelConfig, OptimConfig
+from conf.schema import EngineConfig, ModelConfig, OptimConfig, Scheme
 from data.batch import Batch
 from parallel import device, weight_names
 from parallel.boxes import Box
@@ -35,6 +35,7 @@ from parallel.model import build_chunks, first_layer_of
 from parallel.optimizer import OptimizerShard, ShardedAdam, families_of
 from parallel.outcome import Outcome, begin_reading, result_of
 from parallel.quantisation import round_inputs
+from parallel.ranges import Channels, RangeObserver
 from parallel.state import pieces_of, read_range
 
 T = TypeVar("T")
@@ -83,6 +84,8 @@ class MegatronEngine:
         self._adams: list[Any] = []
         self._accumulating: list[Any] = []
         """Weights whose gradients are added to `main_grad` where they are computed, not by Megatron's hooks."""
+        self._rounding: list[Any] = []
+        """Hooks of `round_inputs`."""
         if optim is None:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
@@ -248,10 +251,19 @@ class MegatronEngine:
             num_rows=len(micro_batches) * self._micro_batch * self.mesh.data,
         )
 
-    def round_inputs(self, kept_layers: Collection[int]) -> None:
+    @torch.no_grad()
+    def input_ranges(self, micro_batches: Sequence[Batch]) -> Channels:
+        """See `Engine.input_ranges`."""
+        observer = RangeObserver(self._model, self._device, tensor_rank=self.coordinate.tensor)
+        with observer.watching(self._chunks):
+            self._look(micro_batches, _nothing)
+        return observer.ranges()
+
+    def round_inputs(self, scheme: Scheme, kept_layers: Collection[int]) -> None:
         """See `Engine.round_inputs`."""
-        for _ in round_inputs(self._chunks, self._tensor_group, kept_layers):
-            pass  # the hooks go with the chunks
+        for hook in self._rounding:
+            hook.remove()
+        self._rounding = list(round_inputs(self._chunks, self._tensor_group, scheme, kept_layers))
 
     def _look(self, micro_batches: Sequence[Batch], loss: Callable[[Inputs, Tensor], Any]) -> list[Any]:
         """Forward passes only, without activation recomputation; returns as `_run`."""

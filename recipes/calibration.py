@@ -17,13 +17,15 @@ from parallel.mesh import Coordinate, Mesh
 from recipes.stage import StageInput
 
 
-def calibration_batches(given: StageInput, config: CalibrationConfig, mesh: Mesh, place: Coordinate) -> list[Batch]:
-    """This data rank's micro-batches of the calibration text.
+def calibration_batches(
+    given: StageInput, config: CalibrationConfig, mesh: Mesh, place: Coordinate, *, use: str = "calibration"
+) -> list[Batch]:
+    """This data rank's micro-batches of the calibration text; another text for another use.
 
     Raises:
         DataError: there is too little text, or a document of it is one that models are evaluated on.
     """
-    stream = _stream(given, config, use="calibration")
+    stream = _stream(given, config, use=use)
     refuse_overlap(given.context.config, given.datasets, stream)
     return stream.batches(0, place.data, mesh.data)
 

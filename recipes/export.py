@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,19 +12,25 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conf.schema import ExportStage, ModelConfig
+from conf.schema import EvaluateStage, ExportStage, ModelConfig
+from parallel.device import this_device
 from recipes.compressed_tensors import compressed_tensors, mark_quantised
 from recipes.model_card import model_card
 from recipes.quantise import Quantisation, quantisation_of
 from recipes.rules_compression import present
+from recipes.speed import Speed, decode_speed_over, missing_packages, speeds_of, spread_of
 from recipes.stage import StageInput, StageOutput
+from recipes.targets import write_target
 from train.checkpoint import Checkpoint
 from train.metrics import MetricsWriter
 from train.rundir import replace_text
+from train.scores import Estimate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Hugging Face's own default; loaders read a file at a time.
 FILE_BYTES = 5 * 2**30
+UNKNOWN = Estimate(math.nan, 0.0)
+QUARTILES = ("low", "median", "high")
 
 
 def export(given: StageInput, stage: ExportStage) -> StageOutput:
@@ -36,7 +43,44 @@ def export(given: StageInput, stage: ExportStage) -> StageOutput:
     for name in models:
         quantisation = quantisation_of(given.context.run, name)
         write_model(given, stage, given.open_model(name), root / name, quantisation)
+    if given.context.is_first:
+        write_speeds(given, stage, {name: root / name for name in models})
     return StageOutput("finished", None)
+
+
+def write_speeds(given: StageInput, stage: ExportStage, directories: dict[str, Path]) -> None:
+    """A `speed` record for each model, and a `target` for each promise of speed."""
+    metrics, config = MetricsWriter(given.context.run.metrics_file), given.context.config
+    speeds: dict[str, Speed] = {}
+    if stage.speed_prompt_tokens and directories:
+        if missing := missing_packages():
+            text = f"speed is not measured: {' and '.join(missing)} missing. pip install -e .[serve]"
+            metrics.write("message", level="info", text=text)
+        else:
+            speeds = speeds_of(directories, stage.speed_prompt_tokens)
+    for name, speed in speeds.items():
+        prefill, decode = spread_of(speed.prefill_seconds), spread_of(speed.decode_seconds)
+        metrics.write(
+            "speed",
+            stage=given.name,
+            model=name,
+            device=str(this_device().type),
+            prompt_tokens=stage.speed_prompt_tokens,
+            prefill_seconds=dict(zip(QUARTILES, prefill, strict=True)),
+            decode_seconds=dict(zip(QUARTILES, decode, strict=True)),
+            memory_bytes=speed.memory_bytes,
+            disk_bytes=sum(file.stat().st_size for file in directories[name].glob("*.safetensors")),
+        )
+    for evaluation in (config.stages[name] for name in config.order):
+        if isinstance(evaluation, EvaluateStage):
+            for name, target in evaluation.targets.items():
+                if target.quantity == "speed" and present(config, (target.model, target.baseline)) == (
+                    target.model,
+                    target.baseline,
+                ):
+                    known = target.model in speeds and target.baseline in speeds
+                    value = decode_speed_over(speeds[target.model], speeds[target.baseline]) if known else UNKNOWN
+                    write_target(metrics, given.name, name, target, value)
 
 
 def write_model(
@@ -52,8 +96,11 @@ def write_model(
     files = plan_files(checkpoint, DTYPES[stage.precision].itemsize)
     for index, (file, names) in enumerate(files.items()):
         if index % context.place.world_size == context.place.rank:
-            whole = {name: whole_tensor(checkpoint, name).to(DTYPES[stage.precision]) for name in names}
-            tensors = whole if quantisation is None else compressed_tensors(whole, quantisation)
+            dtype, whole = DTYPES[stage.precision], {name: whole_tensor(checkpoint, name) for name in names}
+            if quantisation is None:
+                tensors = {name: tensor.to(dtype) for name, tensor in whole.items()}
+            else:
+                tensors = compressed_tensors(whole, quantisation, dtype)
             save_file(tensors, directory / file, metadata={"format": "pt"})
     dist.barrier()
     if context.is_first:

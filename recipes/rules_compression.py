@@ -40,6 +40,8 @@ from train.quantities import byte_size
 # Cut deeper at once, models are hard to recover (Muralidharan et al. 2024).
 DEEPEST_CUT = 0.5
 MOST_TENSOR_RANKS = 8
+NEW_TOKENS = 16
+"""Written after a prompt when exported models are timed."""
 
 
 def present(config: RunConfig, names: Iterable[str]) -> tuple[str, ...]:
@@ -106,6 +108,17 @@ def compressed_models_are_dense(config: RunConfig, machine: Machine) -> Iterator
                 f"stages.{name}.kind",
                 f"{stage.kind} works on dense models, and model {config.model.name} has "
                 f"{config.model.experts.num_experts} experts a layer. Leave the stage out of order.",
+            )
+
+
+def smoothing_has_a_use(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Outliers of inputs matter only where inputs are rounded."""
+    for name, stage in stages_of(config):
+        if isinstance(stage, QuantiseStage) and stage.scheme == "w8a16" and stage.smoothing is not None:
+            yield Problem(
+                f"stages.{name}.smoothing",
+                f"is {stage.smoothing:g}; it makes inputs easier to round, and scheme=w8a16 leaves them as they are. "
+                "Set it to null, or scheme=w8a8.",
             )
 
 
@@ -286,6 +299,32 @@ def evaluation_has_its_models(config: RunConfig, machine: Machine) -> Iterator[P
                     yield Problem(where, f"'{model}' is not among the models that are evaluated: {possible}.")
 
 
+def speed_can_be_measured(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What is timed is exported, and a prompt and what is written after it fit the model."""
+    stages = dict(stages_of(config))
+    exports = {name: stage for name, stage in stages.items() if isinstance(stage, ExportStage)}
+    exported = {model for stage in exports.values() for model in present(config, stage.models)}
+    for name, export in exports.items():
+        length, most = export.speed_prompt_tokens + NEW_TOKENS, config.model.max_sequence_length
+        if export.speed_prompt_tokens and length > most:
+            yield Problem(
+                f"stages.{name}.speed_prompt_tokens",
+                f"is {export.speed_prompt_tokens}, and {NEW_TOKENS} tokens are written after it: positions end at "
+                f"model.max_sequence_length={most}. Set it to {most - NEW_TOKENS} at most, or to 0 to measure none.",
+            )
+    for name, stage in stages.items():
+        if not isinstance(stage, EvaluateStage) or not exports:
+            continue
+        for label, target in stage.targets.items():
+            for model in present(config, (target.model, target.baseline)):
+                if target.quantity == "speed" and model not in exported:
+                    yield Problem(
+                        f"stages.{name}.targets.{label}",
+                        f"speed is that of exported models, and '{model}' is not among them: "
+                        f"{', '.join(sorted(exported))}.",
+                    )
+
+
 def teachers_fit_beside_students(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """The fullest GPU holds the teacher's weights and the student's training state, even before activations."""
     gpu = gpu_of(config, machine)
@@ -346,12 +385,14 @@ def cuts_are_shallow(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 RULES = (
     named_models_exist,
     compressed_models_are_dense,
+    smoothing_has_a_use,
     calibration_is_sound,
     calibration_is_shared_evenly,
     shapes_can_be_sharded_and_exported,
     targets_can_be_held,
     divergences_can_be_computed,
     evaluation_has_its_models,
+    speed_can_be_measured,
     teachers_fit_beside_students,
 )
 WARNINGS = (cuts_are_shallow,)

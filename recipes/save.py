@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from conf.schema import ModelConfig
+from conf.schema import EngineConfig, ModelConfig
 from parallel.engine import TensorSource, make_engine
 from recipes.pretrain import mesh_of, provenance_of
 from recipes.stage import StageInput
@@ -22,6 +22,7 @@ def save_model(
     *,
     sources: Iterable[str],
     parents: tuple[Parent, ...],
+    engine_config: EngineConfig | None = None,
 ) -> Path:
     """Spread the model over the mesh and let every rank write what it holds; nothing is gathered.
 
@@ -31,11 +32,12 @@ def save_model(
         weights: where its weights are read from.
         sources: data it was made with.
         parents: checkpoints it was made from.
+        engine_config: whose precision it is saved in; None: the run's.
     """
     place, directory = given.context.place, given.context.run.checkpoints(given.name)
     saver = Saver(directory, rank=place.rank, world_size=place.world_size, keep=1)
     dist.barrier()
-    engine = make_engine(model, given.context.config.engine, None, mesh_of(given), micro_batch=1)
+    engine = make_engine(model, engine_config or given.context.config.engine, None, mesh_of(given), micro_batch=1)
     try:
         engine.load_weights(weights)
         saver.save(

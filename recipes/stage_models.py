@@ -35,7 +35,7 @@ def makes_a_model(stage: StageConfig | None) -> bool:
 
 def is_control(stage: StageConfig) -> bool:
     """Whether a stage's model is made to be compared with, and the recipe goes on with the one it had."""
-    return isinstance(stage, ControlStage) or (isinstance(stage, PruneStage) and stage.control)
+    return isinstance(stage, ControlStage) or (isinstance(stage, PruneStage | QuantiseStage) and stage.control)
 
 
 def passes_on(stage: StageConfig) -> bool:

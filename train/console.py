@@ -19,7 +19,7 @@ from rich.text import Text
 from conf.schema import RunConfig
 from train.facts import facts
 from train.quantities import count, duration, estimate, percent
-from train.report_compression import value_of
+from train.report_compression import is_measured, value_of
 from train.summary import RunSummary, StageSummary, exceeds_noise
 
 LOG_COLUMNS = 120
@@ -181,7 +181,7 @@ def _target_table(summary: RunSummary) -> Table:
     for each in summary.targets:
         on = f", {each['source']}" if each["source"] else ""
         names = escape(f"{each['model']} / {each['baseline']}{on}")
-        verdict = "[green]met[/]" if each["met"] else "[yellow]not met[/]"
+        verdict = "[green]met[/]" if each["met"] else "[yellow]not met[/]" if is_measured(each) else ""
         table.add_row(escape(each["name"]), names, value_of(each), percent(each["limit"]), verdict)
     return table
 

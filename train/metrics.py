@@ -21,6 +21,11 @@ Every record has `kind` and `time` (unix seconds). Written by the driver (D) or 
                        standard_error (over rows), agreement (share of equal likeliest tokens), kept (not rounded)
     variant (R)        stage, model, num_parameters, weight_bytes (as exported), prefill_tokens_per_second (of scoring
                        all held-out text, all ranks; INT8 is computed in floating point)
+    speed (R)          stage, model, device, prompt_tokens, prefill_seconds, decode_seconds (a token; both {low, median,
+                       high}: quartiles over rounds) of the exported model in transformers, one row; memory_bytes (of
+                       weights, as held), disk_bytes (of weights)
+    task               model (exported), task, metric, value, standard_error (over problems), num_problems; written by
+                       `python -m recipes.tasks`, after the run
     target (R)         stage, name, model, baseline, source, value, standard_error, limit, met
     export (R)         stage, path, num_bytes
     stage_ended (R)    stage, seconds
@@ -196,6 +201,34 @@ class Variant(TypedDict):
     prefill_tokens_per_second: float
 
 
+class Speed(TypedDict):
+    """How fast an exported model reads and writes in transformers."""
+
+    kind: Literal["speed"]
+    time: NotRequired[float]
+    stage: str
+    model: str
+    device: str
+    prompt_tokens: int
+    prefill_seconds: Mapping[str, float]
+    decode_seconds: Mapping[str, float]
+    memory_bytes: int
+    disk_bytes: int
+
+
+class Task(TypedDict):
+    """How an exported model did at a task."""
+
+    kind: Literal["task"]
+    time: NotRequired[float]
+    model: str
+    task: str
+    metric: str
+    value: float
+    standard_error: float
+    num_problems: int
+
+
 class Target(TypedDict):
     """What was promised, and what was reached."""
 
@@ -272,6 +305,8 @@ Record = (
     | Comparison
     | Candidate
     | Quantisation
+    | Speed
+    | Task
     | Target
     | Variant
     | Export

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from train.metrics import Candidate, Quantisation, Target
+from train.metrics import Candidate, Quantisation, Speed, Target, Task
 from train.quantities import byte_size, count, estimate, percent
 from train.report_style import table
 from train.summary import RunSummary
@@ -17,6 +18,8 @@ def compression_sections(summary: RunSummary) -> Iterator[str]:
         yield _targets(summary.targets)
     if len(summary.variants) > 1:
         yield _variants(summary)
+    if summary.tasks:
+        yield _tasks(summary.tasks)
     for stage in dict.fromkeys(each["stage"] for each in summary.candidates):
         yield _candidates(stage, [each for each in summary.candidates if each["stage"] == stage])
     for stage in dict.fromkeys(each["stage"] for each in summary.quantisations):
@@ -38,14 +41,23 @@ def best_of(candidates: Sequence[Candidate]) -> Candidate:
 
 def value_of(target: Target) -> str:
     """What was reached, with its error where it has one."""
+    if not is_measured(target):
+        return "not measured"
     value = f"{100 * target['value']:.1f}"
     return f"{value} ± {100 * target['standard_error']:.1f} %" if target["standard_error"] else f"{value} %"
+
+
+def is_measured(target: Target) -> bool:
+    """Whether there is a value to hold against the limit."""
+    return not math.isnan(target["value"])
 
 
 def _targets(targets: Sequence[Target]) -> str:
     rows = []
     for each in targets:
         verdict = '<span class="good">met</span>' if each["met"] else '<span class="noise">not met</span>'
+        if not is_measured(each):
+            verdict = ""
         on = f", {escape(each['source'])}" if each["source"] else ""
         names = f"{escape(each['model'])} / {escape(each['baseline'])}{on}"
         rows.append([escape(each["name"]), names, escape(value_of(each)), percent(each["limit"]), verdict])
@@ -59,6 +71,7 @@ def _targets(targets: Sequence[Target]) -> str:
 
 def _variants(summary: RunSummary) -> str:
     scores = {(each["model"], each["source"]): each for each in summary.evaluations}
+    speeds = {each["model"]: each for each in summary.speeds}
     rows = []
     for each in summary.variants:
         row = [escape(each["model"]), count(each["num_parameters"]), byte_size(each["weight_bytes"])]
@@ -66,18 +79,58 @@ def _variants(summary: RunSummary) -> str:
             score = scores.get((each["model"], source))
             error = 100 * score["accuracy_standard_error"] if score else 0
             row.append(f"{percent(score['accuracy'])} &plusmn; {error:.1f}" if score else "")
-        rows.append([*row, f"{count(each['prefill_tokens_per_second'])} tokens/s"])
+        row.append(f"{count(each['prefill_tokens_per_second'])} tokens/s")
+        if speeds:
+            row += _speed_cells(speeds[each["model"]]) if each["model"] in speeds else ["", "", ""]
+        rows.append(row)
     head = [
         "model",
         "parameters",
         "weights on disk",
         *(f"accuracy: {escape(each)}" for each in summary.sources),
-        "prefill",
+        "scored",
+        *(["in memory", "reads", "writes"] if speeds else []),
     ]
+    said = (
+        "Scored: all held-out text by all ranks of this run. "
+        "INT8 and FP8 are computed in floating point, so their rows say nothing of the speed of their kernels."
+    )
+    if speeds:
+        first = summary.speeds[0]
+        said += (
+            f" Reads and writes: the exported model in transformers on one {first['device'].upper()} device, one row, "
+            f"a prompt of {first['prompt_tokens']} tokens; medians over rounds, with quartiles."
+        )
     return (
-        '<h2>Variants</h2><p class="said">Prefill is the scoring of all held-out text by all ranks of this run; INT8 '
-        "is computed in floating point here, so its row says nothing of the speed of an INT8 kernel.</p>"
+        f'<h2>Variants</h2><p class="said">{said}</p>'
         f"<div class='card'>{table(head, rows, numbers=frozenset(range(1, len(head))))}</div>"
+    )
+
+
+def _speed_cells(speed: Speed) -> list[str]:
+    prompt, prefill, decode = speed["prompt_tokens"], speed["prefill_seconds"], speed["decode_seconds"]
+    reads = (
+        f"{count(prompt / prefill['median'])} ({count(prompt / prefill['high'])} to {count(prompt / prefill['low'])})"
+    )
+    writes = f"{count(1 / decode['median'])} ({count(1 / decode['high'])} to {count(1 / decode['low'])})"
+    waits = f"{1e3 * prefill['median']:.1f} ms, then {1e3 * decode['median']:.1f} ms a token"
+    return [byte_size(speed["memory_bytes"]), f"{reads} tokens/s", f"{writes} tokens/s\n{waits}"]
+
+
+def _tasks(tasks: Sequence[Task]) -> str:
+    kinds = list(dict.fromkeys((each["task"], each["metric"], each["num_problems"]) for each in tasks))
+    rows = []
+    for model in dict.fromkeys(each["model"] for each in tasks):
+        mine = {(each["task"], each["metric"]): each for each in tasks if each["model"] == model}
+        row = [escape(model)]
+        for task, metric, _ in kinds:
+            found = mine.get((task, metric))
+            row.append(estimate(found["value"], found["standard_error"]) if found else "")
+        rows.append(row)
+    head = ["model", *(f"{escape(task)}: {escape(metric)} of {number}" for task, metric, number in kinds)]
+    return (
+        '<h2>Tasks</h2><p class="said">The exported models in transformers; errors are standard errors over problems.'
+        f"</p><div class='card'>{table(head, rows, numbers=frozenset(range(1, len(head))))}</div>"
     )
 
 
@@ -114,13 +167,14 @@ def _quantisations(stage: str, parts: Sequence[Quantisation]) -> str:
             escape(each["part"]),
             estimate(each["cost"], each["standard_error"]),
             percent(each["agreement"]),
-            "kept in higher precision" if each["kept"] else "INT8",
+            "kept in higher precision" if each["kept"] else "FP8" if each["scheme"] == "fp8" else "INT8",
         ]
         for each in parts
     ]
     head = ["rounded", "loss added", "same likeliest token", ""]
+    scheme = escape(parts[0]["scheme"])
     return (
-        f'<h2>INT8 by {escape(stage)}</h2><p class="said">Scheme {escape(parts[0]["scheme"])}: each layer rounded '
-        "alone, then all together; nats a token on calibration text.</p>"
+        f'<h2>Eight bits by {escape(stage)}</h2><p class="said">Scheme {scheme}: each layer rounded alone, then all '
+        "together; nats a token on calibration text.</p>"
         f"<div class='card'>{table(head, rows, numbers=frozenset({1, 2}))}</div>"
     )

@@ -16,9 +16,11 @@ from train.metrics import (
     Quantisation,
     Record,
     RunStarted,
+    Speed,
     StageStarted,
     Step,
     Target,
+    Task,
     Validation,
     Variant,
     steps_of,
@@ -88,6 +90,8 @@ class RunSummary:
     quantisations: list[Quantisation]
     targets: list[Target]
     variants: list[Variant]
+    speeds: list[Speed]
+    tasks: list[Task]
     checkpoints: list[Checkpoint]
     exports: list[Export]
     messages: list[Message]
@@ -147,6 +151,11 @@ def summarise(records: Sequence[Record]) -> RunSummary:
         ),
         targets=_newest((each for each in records if each["kind"] == "target"), lambda each: each["name"]),
         variants=_newest((each for each in records if each["kind"] == "variant"), lambda each: each["model"]),
+        speeds=_newest((each for each in records if each["kind"] == "speed"), lambda each: each["model"]),
+        tasks=_newest(
+            (each for each in records if each["kind"] == "task"),
+            lambda each: (each["model"], each["task"], each["metric"]),
+        ),
         checkpoints=list(checkpoints.values()),
         exports=list(exports.values()),
         messages=messages,

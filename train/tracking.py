@@ -143,7 +143,7 @@ class Mirror:
         elif record["kind"] == "run_ended":
             self.ended = True
             self.close(exit_code=record["exit_code"])
-        elif record["kind"] != "message":
+        elif record["kind"] != "message" and record["kind"] != "task":
             if record["stage"] != self.stage:
                 self.close(exit_code=0)
                 self.open(record["stage"])

@@ -50,6 +50,7 @@ from conf.schema.types import (
     PositiveInt,
     Precision,
     Scale,
+    Scheme,
     Strict,
 )
 
@@ -90,6 +91,7 @@ __all__ = [
     "RedisTierConfig",
     "RunConfig",
     "Scale",
+    "Scheme",
     "SearchConfig",
     "ShapeConfig",
     "ShuffleConfig",

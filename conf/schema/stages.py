@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from conf.schema.training import TrainingConfig
-from conf.schema.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Precision, Strict
+from conf.schema.types import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Scheme,
+    Strict,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,17 +161,21 @@ class ControlStage(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantiseStage(Strict):
-    """Round an earlier model to INT8; the recipe goes on with the model it had."""
+    """Round an earlier model to eight bits; the recipe goes on with the model it had."""
 
     kind: Literal["quantise"]
     model: str
     """Earlier stage, or `init`."""
-    scheme: Literal["w8a16", "w8a8"]
-    """w8a16: weights. w8a8: weights, and the inputs of linear layers as they come."""
+    scheme: Scheme
+    """w8a16: INT8 weights. w8a8: INT8 weights, and the inputs of linear layers as they come. fp8: both in E4M3."""
+    smoothing: Fraction | None = None
+    """How much of what outliers of inputs make difficult goes to the weights (SmoothQuant's alpha); null: none."""
     most_cost: NonNegativeFloat | None
     """A layer that alone raises the loss by more nats a token stays as it was; null: all are rounded."""
     calibration: CalibrationConfig
-    """Text that cost is measured on."""
+    """Text that inputs are observed on for `smoothing`, and as much other text that cost is measured on."""
+    control: bool = False
+    """Made to be compared with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,8 +185,8 @@ class TargetConfig(Strict):
     model: str
     baseline: str
     source: str
-    quantity: Literal["accuracy", "size"]
-    """Ratio of next-token accuracy, on `source`, or of parameters."""
+    quantity: Literal["accuracy", "size", "speed"]
+    """Ratio of next-token accuracy, on `source`, of parameters, or of tokens a second written by the exported model."""
     at_least: NonNegativeFloat | None
     at_most: NonNegativeFloat | None
 
@@ -210,6 +223,8 @@ class ExportStage(Strict):
     models: tuple[str, ...]
     """Earlier stages, each written to `export/NAME`; none: the incoming model, to `export`."""
     precision: Precision
+    speed_prompt_tokens: NonNegativeInt = 0
+    """Tokens of the prompt after which exported models are timed, in transformers, all on one device; 0: none is."""
 
 
 TrainingStage = PretrainStage | SpecialiseStage | RecoverStage | DistillStage | ControlStage

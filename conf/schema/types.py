@@ -17,6 +17,8 @@ Scale = Literal["rehearsal", "full"]
 Action = Literal["run", "check", "plan", "dry_run"]
 Launcher = Literal["gang", "ray_train"]
 Precision = Literal["fp32", "bf16"]
+Scheme = Literal["w8a16", "w8a8", "fp8"]
+"""What layers' matrices are rounded to. w8a16: INT8 weights. w8a8: INT8 weights and inputs. fp8: both in E4M3."""
 
 
 class Strict:

@@ -79,6 +79,17 @@ def test_flops_are_those_of_a_stage_with_a_teacher():
     assert_told(config, "stages.continued.flops_of", "no teacher")
 
 
+def test_smoothing_is_for_rounded_inputs():
+    config = rehearsal(stages__quantise__scheme="w8a16")
+    assert_told(config, "stages.quantise.smoothing", "leaves them as they are", "null")
+
+
+def test_speed_is_measured_of_exported_models_whose_context_holds_it():
+    assert_told(rehearsal(stages__export__speed_prompt_tokens=120), "stages.export.speed_prompt_tokens", "112 at most")
+    config = rehearsal(stages__export__models=("specialise", "recover"))
+    assert_told(config, "stages.evaluate.targets.INT8: speed", "'quantise' is not among them")
+
+
 def test_calibration_is_not_empty_and_of_known_sources():
     path = "stages.prune.calibration.mixture"
     assert_told(rehearsal(stages__prune__calibration__mixture={}), path, "is empty")

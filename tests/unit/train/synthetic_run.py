@@ -115,7 +115,7 @@ def run_config(num_steps: int = 120) -> RunConfig:
             "pretrain": PretrainStage(kind="pretrain", training=training(num_steps)),
             "specialise": SpecialiseStage(kind="specialise", training=training(num_steps)),
             "evaluate": evaluate,
-            "export": ExportStage(kind="export", models=(), precision="bf16"),
+            "export": ExportStage(kind="export", models=(), precision="bf16", speed_prompt_tokens=0),
         },
         model=model,
         engine=engine,

@@ -90,6 +90,64 @@ def test_variants_stand_side_by_side_with_size_accuracy_and_speed():
     assert "700K" in page and "2.7 MiB" in page and "tokens/s" in page
 
 
+def test_exported_models_stand_there_with_how_fast_they_read_and_write():
+    seconds = {"low": 0.009, "median": 0.010, "high": 0.0125}
+    speed = {
+        "kind": "speed",
+        "stage": "export",
+        "model": "recover",
+        "device": "cpu",
+        "prompt_tokens": 100,
+        "prefill_seconds": seconds,
+        "decode_seconds": seconds,
+        "memory_bytes": 3 * 2**20,
+        "disk_bytes": 2**20,
+    }
+    variants = [
+        {
+            "kind": "variant",
+            "stage": "evaluate",
+            "model": model,
+            "num_parameters": 10,
+            "weight_bytes": 40,
+            "prefill_tokens_per_second": 5.0,
+        }
+        for model in ("recover", "continued")
+    ]
+    page = "".join(compression_sections(summarise([*variants, speed])))
+    (row,) = [row for row in page.split("<tr") if "recover" in row]
+    assert "3.0 MiB" in row and "10K (8,000 to 11.1K) tokens/s" in row and "100 (80 to 111) tokens/s" in row
+    assert "a prompt of 100 tokens" in page
+
+
+def test_tasks_stand_side_by_side_with_their_errors():
+    def task(model, metric, value):
+        return {
+            "kind": "task",
+            "model": model,
+            "task": "HumanEval",
+            "metric": metric,
+            "value": value,
+            "standard_error": 0.031,
+            "num_problems": 164,
+        }
+
+    records = [task("recover", "pass@1", 0.5), task("recover", "pass@1", 0.25), task("quantise", "pass@10", 0.75)]
+    page = "".join(compression_sections(summarise(records)))
+    assert "HumanEval: pass@1 of 164" in page and "HumanEval: pass@10 of 164" in page
+    (row,) = [row for row in page.split("<tr") if "recover" in row]
+    assert "0.25" in row and "0.031" in row and "0.75" not in row, "the newest counts"
+
+
+def test_a_promise_that_was_not_measured_is_neither_met_nor_missed(capsys):
+    records = [target("INT8: speed", float("nan"), False)]
+    page = "".join(compression_sections(summarise(records)))
+    assert "not measured" in page and "not met" not in page
+    print_results(make_console(), summarise(records), {})
+    said = capsys.readouterr().out
+    assert "not measured" in said and "not met" not in said
+
+
 def test_a_layer_left_in_higher_precision_is_named():
     (row,) = [row for row in "".join(compression_sections(summarise(RECORDS))).split("<tr") if "layer 1" in row]
     assert "kept in higher precision" in row
