@@ -36,16 +36,18 @@ def inputs_of_rank(batch: Batch, mesh: Mesh, coordinate: Coordinate, device: tor
     if not (batch.position_ids_BS == np.arange(batch.tokens_BS.shape[1])).all():
         raise ValueError("positions of a row must be 0, 1, 2 ...: attention and rotary angles run over the whole row")
 
-    def place(array: npt.NDArray[np.generic]) -> Tensor:
-        if mesh.context > 1:
-            chunks = np.split(array, 2 * mesh.context, axis=1)
-            array = np.concatenate([chunks[held] for held in chunks_of_rank(coordinate.context, mesh.context)], axis=1)
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
     return Inputs(
-        tokens_BS=place(batch.tokens_BS),
-        labels_BS=place(batch.labels_BS),
-        loss_mask_BS=place(batch.loss_mask_BS),
-        position_ids_BS=place(batch.position_ids_BS),
+        tokens_BS=placed(batch.tokens_BS, mesh, coordinate, device),
+        labels_BS=placed(batch.labels_BS, mesh, coordinate, device),
+        loss_mask_BS=placed(batch.loss_mask_BS, mesh, coordinate, device),
+        position_ids_BS=placed(batch.position_ids_BS, mesh, coordinate, device),
     )
+
+
+def placed(array: npt.NDArray[np.generic], mesh: Mesh, coordinate: Coordinate, device: torch.device) -> Tensor:
+    """This context rank's tokens (the second dim) of whole rows, on the device."""
+    if mesh.context > 1:
+        chunks = np.split(array, 2 * mesh.context, axis=1)
+        array = np.concatenate([chunks[held] for held in chunks_of_rank(coordinate.context, mesh.context)], axis=1)
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -13,8 +13,8 @@ from torch import Tensor
 from conf.schema import QuantiseStage
 from data.batch import Batch
 from parallel.device import this_device
-from parallel.distillation import largest_logits
-from parallel.engine import Engine, RowScores, TensorSource, make_engine
+from parallel.divergence import largest_logits
+from parallel.engine import Engine, Logits, RowScores, TensorSource, make_engine
 from parallel.quantisation import QuantisedWeights, is_quantised
 from recipes.calibration import calibration_batches
 from recipes.pretrain import mesh_of
@@ -124,13 +124,13 @@ def look(
         engine.load_weights(weights)
         run_quantised(engine, quantisation)
         batches: list[Batch] = calibration_batches(given, stage.calibration, mesh, engine.coordinate)
-        return Look(engine.score(batches), engine.predict(batches, lambda logits, group: _likeliest(logits, group)))
+        return Look(engine.score(batches), engine.predict(batches, _likeliest))
     finally:
         engine.close()
 
 
-def _likeliest(logits_BSV: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return largest_logits(logits_BSV, 1, group)[1]
+def _likeliest(logits: Logits) -> Tensor:
+    return largest_logits(logits.at(slice(None)), 1, logits.group)[1]
 
 
 def cost_of(before: Look, after: Look) -> Estimate:

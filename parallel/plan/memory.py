@@ -28,9 +28,9 @@ SLICE_LOGITS = 2**26
 SLICE_BYTES = 12
 """Bytes each of them takes in fp32: exponentials, their gradient, and that with the labels' part; on a CPU, kernel by
 kernel. Fused on a GPU it is less."""
-DISTILLED_BYTES = (22, 26)
-"""Bytes a logit that is learned from a teacher's takes, which is not done in slices: from its likeliest tokens, or from
-all. Measured in bf16 on a CPU, kernel by kernel."""
+DISTILLED_BYTES = 12
+"""Bytes in fp32 that a logit learned from a teacher's takes besides the two: log-probabilities of both and one's
+probability (or, later, a gradient and what the cross-entropy needs). Of a slice, where the head is sliced."""
 TOP_K_BYTES = 10
 """That a kept logit of a teacher takes: bf16, and its id."""
 
@@ -120,7 +120,8 @@ def _logit_bytes(shape: Shape, layout: Layout, teacher: Teacher | None) -> float
     """What head and loss of a micro-batch hold at once."""
     count, each = layout.tokens * shape.vocab / layout.tensor, layout.element_bytes
     if teacher is not None:
-        return count * DISTILLED_BYTES[teacher.top_k == 0]
+        at_once = min(count, SLICE_LOGITS) if layout.stack.slices == "head" else count
+        return at_once * (DISTILLED_BYTES + (1 if teacher.top_k else 2) * each)
     match layout.stack.slices:
         case "nothing":
             return count * (12 if each == 4 else layout.stack.logit_bytes)
@@ -136,11 +137,11 @@ def _slice_bytes(layout: Layout) -> float:
 
 
 def _kept_logit_bytes(teacher: Teacher, layout: Layout) -> float:
-    """What is kept of the teacher's logits: of all micro-batches of a step."""
+    """What is kept of the teacher's predictions, of all micro-batches of a step: what goes into its head."""
     tokens = layout.micro_batches * layout.tokens
     if teacher.top_k:
         return tokens * teacher.top_k * TOP_K_BYTES
-    return tokens * teacher.shape.vocab / layout.tensor * layout.element_bytes
+    return tokens * teacher.shape.hidden * layout.element_bytes
 
 
 @dataclass(frozen=True, slots=True)
