@@ -258,12 +258,7 @@ class StoredLogits:
         Raises:
             DataError: names what differs.
         """
-        have, want = self.manifest.about, json.loads(json.dumps(about))
-        wrong = [
-            f"{name} is {have.get(name)!r} and should be {want.get(name)!r}"
-            for name in sorted({*have, *want})
-            if have.get(name) != want.get(name)
-        ]
+        wrong = differences(self.manifest.about, about)
         if wrong:
             raise DataError(
                 f"{self.store.location}: recorded of something else, {'; '.join(wrong)}. What it says would be about "
@@ -326,6 +321,16 @@ class StoredLogits:
         if manifest.stored_as == "bf16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return ids.astype(np.int64), values.astype(np.float32)
+
+
+def differences(have: Mapping[str, Any], want: Mapping[str, Any], *, known_only: bool = False) -> list[str]:
+    """In which words what a recording is about differs from what is wanted; of what is wanted alone, if asked."""
+    want = json.loads(json.dumps(want))
+    return [
+        f"{name} is {have.get(name)!r} and should be {want.get(name)!r}"
+        for name in sorted(want if known_only else {*have, *want})
+        if have.get(name) != want.get(name)
+    ]
 
 
 def _block(ids_SK: Ids, log_probabilities_SK: Floats, manifest: LogitsManifest) -> pa.RecordBatch:

@@ -14,9 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
+from data.logits import StoredLogits
 from parallel.divergence import TeacherLogits, divergence_of, largest_logits, scaled_logits
 from parallel.engine import Engine, Logits, LossSums, Tokenwise
+from parallel.inputs import placed
 from parallel.loss import parts_of_tokens, score_tokens
+from parallel.mesh import Coordinate, Mesh
 
 
 class TokenTeacher(Protocol):
@@ -119,12 +122,52 @@ class FromTeacher:
         return [replace(self.objective, teacher=teacher) for teacher in found]
 
 
+@dataclass(frozen=True, slots=True)
+class FromRecording:
+    """Objectives of a step from what a teacher said once; the samples of the step after it are read ahead.
+
+    Attributes:
+        stored: the recording.
+        objective: what to do with it.
+        mesh: of the student.
+        device: of this rank.
+        samples_per_step: over all data ranks.
+    """
+
+    stored: StoredLogits
+    objective: Distillation
+    mesh: Mesh
+    device: torch.device
+    samples_per_step: int
+
+    def __call__(self, micro_batches: Sequence[Batch]) -> list[Distillation]:
+        """One objective a micro-batch."""
+        place = self.mesh.coordinate(dist.get_rank())
+        if place.pipeline < self.mesh.pipeline - 1:
+            return [self.objective] * len(micro_batches)
+        ids = [number for batch in micro_batches for number in batch.sample_ids_B.tolist()]
+        self.stored.expect([*ids, *(number + self.samples_per_step for number in ids)])
+        return [replace(self.objective, teacher=self._said_of(batch, place)) for batch in micro_batches]
+
+    def _said_of(self, batch: Batch, place: Coordinate) -> TeacherLogits:
+        ids_BSK, values_BSK = (
+            placed(each, self.mesh, place, self.device) for each in self.stored.read(batch.sample_ids_B)
+        )
+        # Logarithms of probabilities: their partition is 1.
+        return TeacherLogits(values_BSK, ids_BSK, values_BSK.new_zeros(values_BSK.shape[:2]))
+
+
 def read_teacher(temperature: float, top_k: int) -> Callable[[Logits], TokenTeacher]:
     """What to keep of a teacher's logits; for `Engine.predict`."""
+    if top_k:
+        return read_likeliest(temperature, top_k)
+    return lambda logits: WholeTeacher(logits, temperature)
 
-    def read(logits: Logits) -> TokenTeacher:
-        if top_k == 0:
-            return WholeTeacher(logits, temperature)
+
+def read_likeliest(temperature: float, top_k: int) -> Callable[[Logits], TeacherLogits]:
+    """To keep the k likeliest tokens; for `Engine.predict`."""
+
+    def read(logits: Logits) -> TeacherLogits:
         parts = [_likeliest(scaled, top_k, logits.group) for scaled in _in_slices(logits, temperature)]
         return TeacherLogits(*(torch.cat(each, dim=1) for each in zip(*parts, strict=True)))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -31,7 +31,7 @@ METRIC = "hidden_states"
 STATE = "projection/"
 
 
-def keep_outputs(chunks: Sequence[Any], layers: Sequence[int]) -> dict[int, list[Tensor]]:
+def keep_outputs(chunks: Sequence[Any], layers: Collection[int]) -> dict[int, list[Tensor]]:
     """From now on collect what comes out of those layers that this rank has, by number, a tensor a forward pass."""
     kept: dict[int, list[Tensor]] = {}
     for number, layer in _layers_of(chunks):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from data.batch import Batch
@@ -51,3 +53,17 @@ def placed(array: npt.NDArray[np.generic], mesh: Mesh, coordinate: Coordinate, d
         array = np.concatenate([chunks[held] for held in chunks_of_rank(coordinate.context, mesh.context)], axis=1)
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def rows_of_ranks(part_BS: Tensor, context: int) -> Tensor:
+    """Whole rows from the tokens (the second dim) that each of the context ranks holds; the inverse of `placed`."""
+    if context == 1:
+        return part_BS
+    group = parallel_state.get_context_parallel_group()
+    parts = [torch.empty_like(part_BS) for _ in range(context)]
+    dist.all_gather(parts, part_BS.contiguous(), group=group)
+    chunks: list[Tensor] = [part_BS] * (2 * context)
+    for rank, part in enumerate(parts):
+        for number, chunk in zip(chunks_of_rank(rank, context), part.chunk(2, dim=1), strict=True):
+            chunks[number] = chunk
+    return torch.cat(chunks, dim=1)

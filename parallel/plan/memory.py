@@ -48,7 +48,7 @@ class StageMemory:
     """With a teacher, what is kept of its logits for all micro-batches of a step as well."""
     buffers: float
     teacher: float = 0.0
-    """Its weights."""
+    """Its weights, and its hidden states that are learned from."""
 
     @property
     def allocated(self) -> float:
@@ -112,7 +112,7 @@ def stage_memory(shape: Shape, layout: Layout, stage: int, teacher: Teacher | No
         activations=kept.layers + kept.head_norm,
         logits=logits + (_kept_logit_bytes(teacher, layout) if teacher is not None and is_last else 0.0),
         buffers=_buffers(shape, layout) + max(0.0, walked_back - freed),
-        teacher=_states(teacher.shape, layout, stage)[0] if teacher is not None else 0.0,
+        teacher=_states(teacher.shape, layout, stage)[0] + _kept_hidden_bytes(teacher, layout) if teacher else 0.0,
     )
 
 
@@ -142,6 +142,12 @@ def _kept_logit_bytes(teacher: Teacher, layout: Layout) -> float:
     if teacher.top_k:
         return tokens * teacher.top_k * TOP_K_BYTES
     return tokens * teacher.shape.hidden * layout.element_bytes
+
+
+def _kept_hidden_bytes(teacher: Teacher, layout: Layout) -> float:
+    """Outputs of the teacher's layers that are learned from, of all micro-batches of a step; evenly over the stages."""
+    tokens = layout.micro_batches * layout.tokens / layout.sequence_split
+    return tokens * teacher.shape.hidden * layout.element_bytes * -(-teacher.hidden_layers // layout.pipeline)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks, smaller_world
-from tiny import MICRO_BATCH, MODEL, OPTIM, TIED, Layout, Tensors, batches, tiny_engine
+from tiny import GLOBAL_BATCH, LENGTH, MICRO_BATCH, MODEL, OPTIM, TIED, Layout, Tensors, batches, tiny_engine
 
+from data.batch import Batch
+from data.logits import LogitsManifest, StoredLogits
+from data.storage import Store
 from parallel import loss
-from parallel.distillation import Distillation, FromTeacher
-from parallel.engine import Engine, Match, StepResult, TensorSource
+from parallel.device import this_device
+from parallel.distillation import Distillation, FromRecording, FromTeacher
+from parallel.engine import Engine, Match, Objective, StepResult, TensorSource
 from parallel.importance import Importance
 from parallel.initial import InitialWeights
 from parallel.pruning import PrunedWeights, most_important
 from parallel.weight_importance import magnitude_importance
 from parallel.weight_names import logical_shapes
+from recipes.logits import Recorder
 
 LIMIT_SECONDS = 240.0
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
@@ -54,13 +59,14 @@ LESSONS = {
     "reverse": (Distillation(divergence="reverse"), 0),
     "top 16": (Distillation(weight=0.9), 16),
 }
+Lesson = Callable[[Sequence[Batch]], Sequence[Objective]]
 # A student's layers and what they are held against, on the same ranks where there are two stages.
 PAIRS = {0: 1, 1: 3}
 STEPS = 4
 CALIBRATION = 500
 
 
-def everything() -> dict[str, Any]:
+def everything(folder: str) -> dict[str, Any]:
     """Run on each of four ranks."""
     found: dict[str, Any] = {}
     for size in (4, 1):
@@ -69,8 +75,8 @@ def everything() -> dict[str, Any]:
                 continue
             for name, layout in {**LAYOUTS, **OBSERVED}.items():
                 if layout.mesh.world_size == size:
-                    with _slices(None if name == "one" else 5, layout):
-                        found[name] = _on_mesh(layout, train=name in LAYOUTS)
+                    with _slices(None if name == "one" else 16, layout):
+                        found[name] = _on_mesh(layout, f"{folder}/{name}", train=name in LAYOUTS)
             if size == 1:
                 found["nothing lost"] = {model.name: _cut_what_does_nothing(model) for model in (PARENT, TIED)}
     return found
@@ -88,7 +94,7 @@ def _slices(num_tokens: int | None, layout: Layout) -> Iterator[None]:
         loss.LOGIT_BYTES = limit
 
 
-def _on_mesh(layout: Layout, *, train: bool) -> dict[str, Any]:
+def _on_mesh(layout: Layout, folder: str, *, train: bool) -> dict[str, Any]:
     from parallel import groups
 
     groups.enter_mesh(layout.mesh, virtual_pipeline=layout.virtual_pipeline)
@@ -110,15 +116,16 @@ def _on_mesh(layout: Layout, *, train: bool) -> dict[str, Any]:
                 saved = Tensors.gather(list(student.weights())).tensors
                 found["pruned"] = {weight: tensor.numpy() for weight, tensor in saved.items()}
             lesson = FromTeacher(teacher, objective, top_k)
-            found[name] = _taught(student, lesson, range(STEPS))
+            found[name] = _taught(student, lesson)
             student.close()
+        found["recorded"] = _learn_from_recording(layout, teacher, pruned, folder)
         found["hidden states"] = _learn_hidden_states(layout, teacher, pruned)
     teacher.close()
     groups.leave_mesh()
     return found
 
 
-def _taught(student: Engine, lesson: FromTeacher, steps: range) -> list[StepResult]:
+def _taught(student: Engine, lesson: Lesson, steps: range = range(STEPS)) -> list[StepResult]:
     results = []
     for step in steps:
         mine = batches(step, student.mesh, student.coordinate.data)
@@ -126,11 +133,37 @@ def _taught(student: Engine, lesson: FromTeacher, steps: range) -> list[StepResu
     return results
 
 
+def _learn_from_recording(layout: Layout, teacher: Engine, pruned: PrunedWeights, folder: str) -> list[StepResult]:
+    """Write the teacher's 16 likeliest tokens down, and train on what is read of them."""
+    samples = GLOBAL_BATCH * STEPS
+    manifest = LogitsManifest(
+        format_version=1,
+        about={},
+        vocab_size=PARENT.vocab_size,
+        tokens=LENGTH,
+        top_k=16,
+        stored_as="fp32",
+        num_samples=samples,
+    )
+    recorder = Recorder(teacher, Store.open(folder), manifest, temperature=1.0)
+    mesh, place = layout.mesh, teacher.coordinate
+    done: list[int] = []
+    recorder.run(lambda step: batches(step, mesh, place.data), STEPS, asked_to_stop=lambda: False, tell=done.append)
+    assert done == [STEPS]
+    stored = StoredLogits.open(folder)
+    student = tiny_engine(layout, PRUNED)
+    student.load_weights(pruned)
+    steps = _taught(student, FromRecording(stored, Distillation(weight=0.9), mesh, this_device(), GLOBAL_BATCH))
+    student.close()
+    stored.close()
+    return steps
+
+
 def _learn_hidden_states(layout: Layout, teacher: Engine, pruned: PrunedWeights) -> dict[str, Any]:
     """Train a narrower student on its teacher's hidden states too, and once again with a stop in the middle."""
     lesson = FromTeacher(teacher, Distillation(), 0)
     targets = teacher.keep_outputs(PAIRS.values())
-    match = Match(pairs=PAIRS, targets=targets, width=PARENT.hidden_size, distance="cosine", weight=0.5, seed=1)
+    match = Match(pairs=PAIRS, targets=targets, width=PARENT.hidden_size, distance="cosine", weight=2.0, seed=1)
 
     def student(weights: TensorSource) -> Engine:
         engine = tiny_engine(layout, PRUNED)
@@ -193,8 +226,9 @@ def _with_idle_parts(model: Any, shape: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return run_ranks(everything, 4, limit_seconds=LIMIT_SECONDS)[0]
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = str(tmp_path_factory.mktemp("logits"))
+    return run_ranks(everything, 4, folder, limit_seconds=LIMIT_SECONDS)[0]
 
 
 @pytest.mark.parametrize("name", [name for name in {**LAYOUTS, **OBSERVED} if name != "one"])
@@ -224,6 +258,13 @@ def test_distilled_losses_do_not_depend_on_the_layout(found, lesson, name):
         assert mine.grad_norm == pytest.approx(its.grad_norm, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_was_written_down_teaches_what_the_teacher_itself_does(found, name):
+    online, recorded = found[name]["top 16"], found[name]["recorded"]
+    assert [step.loss for step in recorded] == [step.loss for step in online]
+    assert [step.metrics for step in recorded] == [step.metrics for step in online]
+
+
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
 def test_hidden_states_are_learned_alike_under_every_layout(found, name):
     one, other = found["one"]["hidden states"]["steps"], found[name]["hidden states"]["steps"]
@@ -237,7 +278,7 @@ def test_hidden_states_are_learned_alike_under_every_layout(found, name):
 def test_loss_has_the_distance_of_hidden_states_in_it(found):
     for step in found["one"]["hidden states"]["steps"]:
         metrics = step.metrics
-        assert step.loss == pytest.approx(metrics["divergence"] + 0.5 * metrics["hidden_states"], abs=1e-5)
+        assert step.loss == pytest.approx(metrics["divergence"] + 2.0 * metrics["hidden_states"], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.pipeline > 1])
