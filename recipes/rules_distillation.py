@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from conf.errors import DataError, Problem
-from conf.schema import DistillStage, GridConfig, LogitsStage, PruneStage, RunConfig
+from conf.schema import DistillStage, LogitsStage, PruneStage, RunConfig
 from data.logits import MANIFEST_NAME, StoredLogits, differences
 from recipes.machine import Machine
 from recipes.recording import about_text
+from recipes.rules_compression import with_mesh
 from recipes.rules_layout import trainings_of
-from recipes.stage_models import distillation_of, model_of_stage, stages_of, teacher_of_stage
+from recipes.stage_models import distillation_of, model_of_stage, models_of, stages_of, teacher_of_stage
 
 
 def hidden_states_are_on_the_same_ranks(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
@@ -128,25 +130,18 @@ def _problems_of_recording(config: RunConfig, name: str, path: str, folder: Path
 def shapes_are_those_of_the_grid(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
     """Warn where the axes make another shape of a smaller model than the configuration alone would."""
     mesh = config.engine.mesh
-    needed = {
-        "kv_heads_multiple": ("engine.mesh.tensor", mesh.tensor),
-        "layers_multiple": ("engine.mesh.pipeline x virtual_pipeline", mesh.pipeline * mesh.virtual_pipeline),
-    }
+    alone = models_of(with_mesh(config, replace(mesh, tensor=1, pipeline=1, virtual_pipeline=1)))
     for name, stage in stages_of(config):
-        grids: dict[str, GridConfig] = {}
-        if isinstance(stage, PruneStage) and stage.shape is None and stage.shape_of is None:
-            grids[f"stages.{name}.search"] = stage.search
-        elif isinstance(stage, DistillStage) and stage.student.shape is None:
-            grids[f"stages.{name}.student"] = stage.student
-        for path, grid in grids.items():
-            for field, (axis, size) in needed.items():
-                multiple = getattr(grid, field)
-                if multiple % size:
-                    yield Problem(
-                        f"{path}.{field}",
-                        f"is {multiple}, which {axis}={size} does not divide: the shape may be another than on other "
-                        f"axes. {math.lcm(multiple, size)} is the same on all of them.",
-                    )
+        if not isinstance(stage, PruneStage | DistillStage) or model_of_stage(config, name) == alone[name]:
+            continue
+        path, grid = ("search", stage.search) if isinstance(stage, PruneStage) else ("student", stage.student)
+        heads = math.lcm(grid.kv_heads_multiple, mesh.tensor)
+        layers = math.lcm(grid.layers_multiple, mesh.pipeline * mesh.virtual_pipeline)
+        yield Problem(
+            f"stages.{name}.{path}",
+            f"the shape is another on these axes than on one rank, which tensor={mesh.tensor} x pipeline="
+            f"{mesh.pipeline} could not share. kv_heads_multiple={heads} layers_multiple={layers} make it the same.",
+        )
 
 
 RULES = (
