@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -29,6 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from conf.schema import EngineConfig, MeshConfig, ModelConfig, OptimConfig, TrainingConfig
 from data.batch import Batch
 from parallel import attention
+from parallel.distillation import Distillation, FromTeacher
+from parallel.engine import Objective
 from parallel.groups import enter_mesh, leave_mesh
 from parallel.loss import CrossEntropy
 from parallel.megatron import MegatronEngine
@@ -36,7 +38,7 @@ from parallel.mesh import Mesh
 from parallel.plan.configured import layout_of
 from parallel.plan.layout import OURS, Layout
 from parallel.plan.memory import WORKSPACE_BYTES, chunks_in_flight, kept_bytes, recomputed_bytes, stage_memory
-from parallel.plan.shapes import shape_of
+from parallel.plan.shapes import Teacher, shape_of
 
 MODEL = ModelConfig(
     name="bench",
@@ -87,6 +89,8 @@ class Trial:
     zero_stage: Literal[0, 1] = 1
     sequence_parallel: bool = True
     tied: bool = False
+    taught: Literal["no", "by all", "by few"] = "no"
+    """Whether it learns from all logits of a teacher of its own shape, or from the likeliest of them."""
 
     def __str__(self) -> str:
         words = [f"tensor {self.tensor}", f"context {self.context}", f"pipeline {self.pipeline}"]
@@ -97,12 +101,18 @@ class Trial:
         words += ["zero_stage 0"] if self.zero_stage == 0 else []
         words += ["no sequence parallel"] if self.tensor > 1 and not self.sequence_parallel else []
         words += ["tied"] if self.tied else []
+        words += [f"taught {self.taught}"] if self.taught != "no" else []
         return " ".join(words)
 
     @property
     def mesh(self) -> Mesh:
         """Its axes."""
         return Mesh(tensor=self.tensor, context=self.context, pipeline=self.pipeline, data=self.data)
+
+    @property
+    def top_k(self) -> int:
+        """Logits kept of a teacher a token; 0: all."""
+        return TOP_K if self.taught == "by few" else 0
 
     @property
     def model(self) -> ModelConfig:
@@ -146,6 +156,10 @@ class Trial:
         )
 
 
+TOP_K = 64
+
+Lesson = Callable[[Sequence[Batch]], Objective | Sequence[Objective]]
+
 TRIALS = (
     Trial(micro_batches=2),
     Trial(micro_batch=2, tied=True),
@@ -160,6 +174,12 @@ TRIALS = (
     Trial(data=4, micro_batch=2, recompute="full"),
     Trial(tensor=2, pipeline=2, data=8, micro_batches=4, recompute="selective"),
     Trial(tensor=4, context=2, pipeline=4, virtual_pipeline=2, data=64, micro_batches=8),
+)
+TAUGHT = (
+    Trial(micro_batches=2, taught="by all"),
+    Trial(micro_batches=2, taught="by few"),
+    Trial(tensor=4, data=2, micro_batches=2, taught="by all"),
+    Trial(micro_batches=4, precision="fp32", taught="by all"),
 )
 QUICK = (TRIALS[10], replace(TRIALS[-1], data=2))
 
@@ -281,14 +301,24 @@ def measure(trial: Trial, stage: int, tokens: int = TOKENS) -> Bytes:
     with rank_of(mesh, rank, trial.virtual_pipeline):
         live = Live()
         with live:
+            lesson = _lesson(trial, mesh)
             engine = MegatronEngine(trial.model, trial.engine, OPTIM, mesh, micro_batch=trial.micro_batch)
         try:
-            return _measure(engine, trial, tokens, live)
+            return _measure(engine, lesson, trial, tokens, live)
         finally:
             engine.close()
 
 
-def _measure(engine: MegatronEngine, trial: Trial, tokens: int, live: Live) -> Bytes:
+def _lesson(trial: Trial, mesh: Mesh) -> Lesson:
+    if trial.taught == "no":
+        return lambda batches: CrossEntropy()
+    teacher = MegatronEngine(trial.model, trial.engine, None, mesh, micro_batch=trial.micro_batch)
+    for parameter in teacher._parameters:
+        torch.nn.init.normal_(parameter, std=0.02)
+    return FromTeacher(teacher, Distillation(), trial.top_k)
+
+
+def _measure(engine: MegatronEngine, lesson: Lesson, trial: Trial, tokens: int, live: Live) -> Bytes:
     parameters = list(engine._parameters)
     shards = [shard for adam in engine._adams for shard in adam.shards()]
     apart = trial.precision == "bf16"
@@ -299,7 +329,7 @@ def _measure(engine: MegatronEngine, trial: Trial, tokens: int, live: Live) -> B
     on_gpu = torch.cuda.is_available()
     # Neighbours that do not exist send noise, and count no tokens: the engine looks at that when all is computed.
     with live, saved.hooks(), suppress(ValueError, FloatingPointError):
-        engine.step(batches, CrossEntropy(), learning_rate=1e-4)
+        engine.step(batches, lesson(batches), learning_rate=1e-4)
     return Bytes(
         weights=sum(each.nbytes for each in parameters),
         gradients=sum(buffer.grad_data.nbytes for model in engine._models for buffer in model.buffers),
@@ -330,7 +360,8 @@ def predicted(trial: Trial, stage: int, tokens: int = TOKENS) -> Bytes:
     if not torch.cuda.is_available():
         layout = replace(layout, stack=replace(OURS, extra_saved=ON_CPU[trial.precision]))
     shape = shape_of(trial.model)
-    told, kept = stage_memory(shape, layout, stage), kept_bytes(shape, layout, stage)
+    teacher = None if trial.taught == "no" else Teacher(shape=shape, top_k=trial.top_k)
+    told, kept = stage_memory(shape, layout, stage, teacher), kept_bytes(shape, layout, stage)
     masks = _mask_bytes(layout, stage, tokens, shape.layers)
     return Bytes(
         weights=told.weights,
@@ -364,7 +395,7 @@ def main() -> None:
     chosen = parser.parse_args()
     print(f"{'predicted over measured, %':78} stage weights  grads  optim  saved   peak   peak MiB")
     off: dict[str, list[float]] = {}
-    for trial in QUICK if chosen.quick else TRIALS:
+    for trial in QUICK if chosen.quick else TRIALS + TAUGHT:
         for stage in sorted({0, trial.pipeline - 1}):
             errors, peak = errors_of(trial, stage, chosen.tokens)
             for name, error in errors.items():

@@ -174,7 +174,7 @@ class DatasetWriter:
 
     def _write_shard(self, split: Split, state: _SplitState) -> None:
         path = f"{split}/shards/{state.num_shards:08d}.arrow"
-        content, starts = shard_bytes(state.blocks, self._dtype)
+        content, starts = token_shard_bytes(state.blocks, self._dtype)
         num_tokens = sum(min(len(block), self.facts.block_tokens) for block in state.blocks)
         first, after = state.first_token_of_shard, state.first_token_of_shard + num_tokens
         table = pa.Table.from_pylist(
@@ -209,13 +209,20 @@ class DatasetWriter:
         state.entries = []
 
 
-def shard_bytes(blocks: Sequence[Tokens], dtype: npt.DTypeLike) -> tuple[bytes, tuple[int, ...]]:
-    """A shard of these blocks, and the byte at which each block starts, with the end of the last."""
+def token_shard_bytes(blocks: Sequence[Tokens], dtype: npt.DTypeLike) -> tuple[bytes, tuple[int, ...]]:
+    """A shard of these blocks of tokens; returns as `shard_bytes`."""
     schema = pa.schema([pa.field("tokens", pa.from_numpy_dtype(dtype), nullable=False)])
+    return shard_bytes(
+        [pa.record_batch([pa.array(block, schema.field(0).type)], schema=schema) for block in blocks], schema
+    )
+
+
+def shard_bytes(blocks: Sequence[pa.RecordBatch], schema: pa.Schema) -> tuple[bytes, tuple[int, ...]]:
+    """A shard of these blocks, and the byte at which each block starts, with the end of the last."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as file:
         for block in blocks:
-            file.write_batch(pa.record_batch([pa.array(block, schema.field(0).type)], schema=schema))
+            file.write_batch(block)
     content: bytes = sink.getvalue().to_pybytes()
     reader = pa.BufferReader(content)
     reader.seek(MAGIC_BYTES)

@@ -39,7 +39,7 @@ from parallel.state import pieces_of, read_range
 class DeepSpeedEngine(MegatronEngine):
     """See `Engine`. Without an optimizer nothing of DeepSpeed is used, and weights are whole."""
 
-    _keeps_hidden = False  # gradients are DeepSpeed's business, and at stage 3 weights are not whole
+    _trains_without_logits = False  # gradients are DeepSpeed's business, and at stage 3 weights are not whole
     _trainer: Any = None  # DeepSpeed's engine
 
     def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[Any]]:

@@ -1,41 +1,52 @@
-"""Learning from another model's logits, with the vocabulary of both spread over tensor ranks; nothing is gathered.
+"""Learning from another model's logits: the objective of a micro-batch, and the teacher in the student's processes.
 
 Shape suffixes: B rows, S tokens, V this tensor rank's part of the vocabulary, K the teacher's k likeliest tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
-from parallel.engine import Engine, LossSums
-from parallel.loss import score_tokens
+from data.logits import StoredLogits
+from parallel.divergence import TeacherLogits, divergence_of, largest_logits, scaled_logits
+from parallel.engine import Engine, Logits, LossSums, Tokenwise
+from parallel.inputs import placed
+from parallel.loss import parts_of_tokens, score_tokens
+from parallel.mesh import Coordinate, Mesh
+
+
+class TokenTeacher(Protocol):
+    """What a teacher says of the tokens of one micro-batch."""
+
+    def at(self, tokens: slice) -> TeacherLogits:
+        """What it says of some tokens of every row."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherLogits:
-    """What a teacher says of one micro-batch, divided by the temperature.
+class WholeTeacher:
+    """All of a teacher's logits, multiplied out a slice of the tokens at a time.
 
-    Attributes:
-        logits: this tensor rank's slice of the vocabulary (BSV), or, with `ids_BSK`, the k largest of all of it (BSK,
-            the same on every tensor rank).
-        ids_BSK: tokens of those logits; None where all are kept.
-        log_partition_BS: logarithm of the sum of the exponentials of *all* logits, float32.
+    What is kept of a micro-batch are the hidden states that go into its head: at 70B shapes half of its logits.
     """
 
-    logits: Tensor
-    ids_BSK: Tensor | None
-    log_partition_BS: Tensor
+    logits: Logits
+    temperature: float
+
+    def at(self, tokens: slice) -> TeacherLogits:
+        """See `TokenTeacher`."""
+        return scaled_logits(self.logits.at(tokens), self.temperature, self.logits.group)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Distillation:
+class Distillation(Tokenwise):
     """`weight` x KL divergence from the teacher + (1 - weight) x cross-entropy of the labels.
 
     Implements `Objective` for one micro-batch: the one `teacher` is about. The divergence is multiplied by the squared
@@ -47,26 +58,34 @@ class Distillation:
         divergence: forward is KL(teacher || student), reverse KL(student || teacher).
         weight: of the divergence, 0 to 1.
         temperature: divides both models' logits.
+        tokens: those it is called with the logits of; None: all.
     """
 
-    teacher: TeacherLogits | None = None
+    teacher: TokenTeacher | None = None
     divergence: Literal["forward", "reverse"] = "forward"
     weight: float = 1.0
     temperature: float = 1.0
+    tokens: slice | None = None
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Names of the metrics, in order."""
         return "accuracy", "cross_entropy", "divergence"
 
+    def at(self, tokens: slice) -> Distillation:
+        """See `Tokenwise.at`."""
+        return replace(self, tokens=tokens)
+
     def __call__(
         self, logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, tensor_group: dist.ProcessGroup
     ) -> LossSums:
         """Sums over this rank's counted tokens."""
-        assert self.teacher is not None, "the last pipeline rank has the teacher's logits"
+        assert self.teacher is not None, "the last pipeline rank has what the teacher says"
+        teacher = self.teacher.at(slice(None) if self.tokens is None else self.tokens)
         divergence_BS = divergence_of(
-            logits_BSV, self.teacher, tensor_group, direction=self.divergence, temperature=self.temperature
+            logits_BSV, teacher, tensor_group, direction=self.divergence, temperature=self.temperature
         )
+        del teacher
         tokens = score_tokens(logits_BSV, labels_BS, tensor_group)
         divergence = (divergence_BS * loss_mask_BS).sum()
         cross_entropy = (tokens.loss_BS * loss_mask_BS).sum()
@@ -75,7 +94,9 @@ class Distillation:
             "cross_entropy": cross_entropy.detach(),
             "divergence": divergence.detach(),
         }
-        loss = self.weight * self.temperature**2 * divergence + (1.0 - self.weight) * cross_entropy
+        loss = self.weight * self.temperature**2 * divergence
+        if self.weight < 1.0:
+            loss = loss + (1.0 - self.weight) * cross_entropy
         return LossSums(loss=loss, num_tokens=loss_mask_BS.sum(), metrics=metrics)
 
 
@@ -95,129 +116,70 @@ class FromTeacher:
 
     def __call__(self, micro_batches: Sequence[Batch]) -> list[Distillation]:
         """One objective a micro-batch."""
-        read = read_teacher(self.objective.temperature, self.top_k)
-        found = self.engine.predict(micro_batches, read)
+        found = self.engine.predict(micro_batches, read_teacher(self.objective.temperature, self.top_k))
         if not found:
             return [self.objective] * len(micro_batches)
         return [replace(self.objective, teacher=teacher) for teacher in found]
 
 
-def read_teacher(temperature: float, top_k: int) -> Callable[[Tensor, dist.ProcessGroup | None], TeacherLogits]:
-    """What to keep of a teacher's logits; for `Engine.predict`."""
+@dataclass(frozen=True, slots=True)
+class FromRecording:
+    """Objectives of a step from what a teacher said once; the samples of the step after it are read ahead.
 
-    def read(logits_BSV: Tensor, group: dist.ProcessGroup | None) -> TeacherLogits:
-        scaled_BSV = logits_BSV / temperature if temperature != 1.0 else logits_BSV
-        log_partition_BS = _log_partition(scaled_BSV, group)
-        if top_k == 0:
-            return TeacherLogits(scaled_BSV, None, log_partition_BS)
-        logits_BSK, ids_BSK = largest_logits(scaled_BSV, top_k, group)
-        return TeacherLogits(logits_BSK, ids_BSK, log_partition_BS)
+    Attributes:
+        stored: the recording.
+        objective: what to do with it.
+        mesh: of the student.
+        device: of this rank.
+        samples_per_step: over all data ranks.
+    """
+
+    stored: StoredLogits
+    objective: Distillation
+    mesh: Mesh
+    device: torch.device
+    samples_per_step: int
+
+    def __call__(self, micro_batches: Sequence[Batch]) -> list[Distillation]:
+        """One objective a micro-batch."""
+        place = self.mesh.coordinate(dist.get_rank())
+        if place.pipeline < self.mesh.pipeline - 1:
+            return [self.objective] * len(micro_batches)
+        ids = [number for batch in micro_batches for number in batch.sample_ids_B.tolist()]
+        self.stored.expect([*ids, *(number + self.samples_per_step for number in ids)])
+        return [replace(self.objective, teacher=self._said_of(batch, place)) for batch in micro_batches]
+
+    def _said_of(self, batch: Batch, place: Coordinate) -> TeacherLogits:
+        ids_BSK, values_BSK = (
+            placed(each, self.mesh, place, self.device) for each in self.stored.read(batch.sample_ids_B)
+        )
+        # Logarithms of probabilities: their partition is 1.
+        return TeacherLogits(values_BSK, ids_BSK, values_BSK.new_zeros(values_BSK.shape[:2]))
+
+
+def read_teacher(temperature: float, top_k: int) -> Callable[[Logits], TokenTeacher]:
+    """What to keep of a teacher's logits; for `Engine.predict`."""
+    if top_k:
+        return read_likeliest(temperature, top_k)
+    return lambda logits: WholeTeacher(logits, temperature)
+
+
+def read_likeliest(temperature: float, top_k: int) -> Callable[[Logits], TeacherLogits]:
+    """To keep the k likeliest tokens; for `Engine.predict`."""
+
+    def read(logits: Logits) -> TeacherLogits:
+        parts = [_likeliest(scaled, top_k, logits.group) for scaled in _in_slices(logits, temperature)]
+        return TeacherLogits(*(torch.cat(each, dim=1) for each in zip(*parts, strict=True)))
 
     return read
 
 
-def largest_logits(logits_BSV: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """The `count` largest logits of the whole vocabulary and their token ids, the same on every tensor rank."""
-    size = logits_BSV.size(-1)
-    values, ids = logits_BSV.topk(min(count, size), dim=-1)
-    if group is not None and group.size() > 1:
-        ids = ids + size * group.rank()
-        every = [torch.empty_like(values) for _ in range(group.size())]
-        every_id = [torch.empty_like(ids) for _ in range(group.size())]
-        dist.all_gather(every, values.contiguous(), group=group)
-        dist.all_gather(every_id, ids.contiguous(), group=group)
-        values, places = torch.cat(every, dim=-1).topk(count, dim=-1)
-        ids = torch.cat(every_id, dim=-1).gather(-1, places)
-    return values, ids
+def _in_slices(logits: Logits, temperature: float) -> Iterator[TeacherLogits]:
+    num_rows, num_tokens, _ = logits.hidden_BSD.shape
+    for part in parts_of_tokens(num_rows, num_tokens, logits.weight_VD.size(0)):
+        yield scaled_logits(logits.at(part), temperature, logits.group)
 
 
-def divergence_of(
-    student_BSV: Tensor,
-    teacher: TeacherLogits,
-    group: dist.ProcessGroup | None,
-    *,
-    direction: Literal["forward", "reverse"],
-    temperature: float,
-) -> Tensor:
-    """KL divergence of each token at that temperature, in nats, float32, shape BS; differentiable in `student_BSV`.
-
-    With the k largest logits only, what the teacher gives to other tokens is left out of the sum, not spread over them.
-
-    Raises:
-        ValueError: the models' vocabularies differ, or reverse divergence is asked of k logits.
-    """
-    if teacher.ids_BSK is None and teacher.logits.shape != student_BSV.shape:
-        raise ValueError(
-            f"teacher and student have logits of shapes {tuple(teacher.logits.shape)} and {tuple(student_BSV.shape)}; "
-            "distillation needs one vocabulary"
-        )
-    if teacher.ids_BSK is not None and direction == "reverse":
-        raise ValueError("reverse divergence needs all of the teacher's logits: set top_k=0")
-    return cast(Tensor, _Divergence.apply(student_BSV, teacher, group, direction, temperature))  # type: ignore[no-untyped-call]
-
-
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_BSV: Tensor,
-        teacher: TeacherLogits,
-        group: dist.ProcessGroup | None,
-        direction: str,
-        temperature: float,
-    ) -> Tensor:
-        scaled_BSV = student_BSV.float() / temperature
-        log_student_BSV = scaled_BSV - _log_partition(scaled_BSV, group).unsqueeze(-1)
-        log_teacher = teacher.logits.float() - teacher.log_partition_BS.unsqueeze(-1)
-        if teacher.ids_BSK is not None:
-            divergence_BS, gradient_BSV = _over_largest(log_student_BSV, log_teacher, teacher.ids_BSK, group)
-        elif direction == "forward":
-            probability_BSV = log_teacher.exp()
-            divergence_BS = (probability_BSV * (log_teacher - log_student_BSV)).sum(dim=-1)
-            _reduce(divergence_BS, dist.ReduceOp.SUM, group)
-            gradient_BSV = log_student_BSV.exp_().sub_(probability_BSV)
-        else:
-            probability_BSV = log_student_BSV.exp()
-            difference_BSV = log_student_BSV - log_teacher
-            divergence_BS = (probability_BSV * difference_BSV).sum(dim=-1)
-            _reduce(divergence_BS, dist.ReduceOp.SUM, group)
-            gradient_BSV = probability_BSV.mul_(difference_BSV - divergence_BS.unsqueeze(-1))
-        ctx.save_for_backward(gradient_BSV)
-        ctx.temperature, ctx.dtype = temperature, student_BSV.dtype
-        return divergence_BS
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient_BSV,) = ctx.saved_tensors
-        gradient_BSV = gradient_BSV.mul_(gradients[0].unsqueeze(-1) / ctx.temperature)
-        return gradient_BSV.to(ctx.dtype), None, None, None, None
-
-
-def _over_largest(
-    log_student_BSV: Tensor, log_teacher_BSK: Tensor, ids_BSK: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Forward divergence over the teacher's k largest, and its gradient in the student's scaled logits."""
-    size = log_student_BSV.size(-1)
-    here_BSK = ids_BSK - size * (0 if group is None else group.rank())
-    elsewhere_BSK = (here_BSK < 0) | (here_BSK >= size)
-    here_BSK = here_BSK.masked_fill(elsewhere_BSK, 0)
-    probability_BSK = log_teacher_BSK.exp()
-    terms_BSK = probability_BSK * (log_teacher_BSK - log_student_BSV.gather(-1, here_BSK))
-    divergence_BS = terms_BSK.masked_fill(elsewhere_BSK, 0.0).sum(dim=-1)
-    _reduce(divergence_BS, dist.ReduceOp.SUM, group)
-    gradient_BSV = log_student_BSV.exp() * probability_BSK.sum(dim=-1, keepdim=True)
-    gradient_BSV.scatter_add_(-1, here_BSK, -probability_BSK.masked_fill(elsewhere_BSK, 0.0))
-    return divergence_BS, gradient_BSV
-
-
-def _log_partition(logits_BSV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    largest_BS = logits_BSV.amax(dim=-1).float()
-    _reduce(largest_BS, dist.ReduceOp.MAX, group)
-    sums_BS = (logits_BSV.float() - largest_BS.unsqueeze(-1)).exp_().sum(dim=-1)
-    _reduce(sums_BS, dist.ReduceOp.SUM, group)
-    return sums_BS.log_() + largest_BS
-
-
-def _reduce(tensor: Tensor, operation: Any, group: dist.ProcessGroup | None) -> None:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(tensor, op=operation, group=group)
+def _likeliest(every: TeacherLogits, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    logits_BSK, ids_BSK = largest_logits(every.logits, count, group)
+    return logits_BSK, ids_BSK, every.log_partition_BS

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, Self, TypeVar
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -95,6 +95,51 @@ class Tokenwise:
 
     __slots__ = ()
 
+    def at(self, tokens: slice) -> Self:
+        """The objective of some tokens of every row: what is called with their logits."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Logits of one micro-batch that are multiplied out when they are asked for, so that a few exist at a time.
+
+    Attributes:
+        hidden_BSD: what goes into the output head, whole rows of this context rank.
+        weight_VD: this tensor rank's rows of the head.
+        group: the tensor ranks.
+    """
+
+    hidden_BSD: Tensor
+    weight_VD: Tensor
+    group: ProcessGroup | None
+
+    def at(self, tokens: slice) -> Tensor:
+        """Logits of some tokens of every row, this tensor rank's slice of the vocabulary (BSV)."""
+        return self.hidden_BSD[:, tokens] @ self.weight_VD.t()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Match:
+    """Outputs of a student's layers that are held against those of a teacher's; layers are counted from 0.
+
+    Attributes:
+        pairs: the student's layer -> the teacher's, on the same ranks.
+        targets: what came out of the teacher's layers of this rank for the micro-batches of the coming step
+            (`Engine.keep_outputs`); spread as the student's.
+        width: hidden size of the teacher.
+        distance: cosine is 1 - cosine, mse the squared difference over the target's square.
+        weight: what the mean over pairs is multiplied by in the loss of a token.
+        seed: of projections.
+    """
+
+    pairs: Mapping[int, int]
+    targets: Mapping[int, Sequence[Tensor]]
+    width: int
+    distance: Literal["cosine", "mse"]
+    weight: float
+    seed: int
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -166,16 +211,31 @@ class Engine(Protocol):
         """Score held-out rows without training; every data rank gives the same number of equally shaped batches."""
         ...
 
-    def predict(self, micro_batches: Sequence[Batch], read: Callable[[Tensor, ProcessGroup], T]) -> list[T]:
-        """Forward passes in inference mode, of batches shaped as in `step`.
+    def predict(self, micro_batches: Sequence[Batch], read: Callable[[Logits], T]) -> list[T]:
+        """Forward passes in inference mode, of batches shaped as in `step`; of an engine without an optimizer.
 
         Args:
             micro_batches: of this data rank.
-            read: what to keep of the logits of a micro-batch: called with this tensor rank's slice of the vocabulary
-                (BSV) and its tensor group.
+            read: what to keep of the logits of a micro-batch.
 
         Returns:
             On the last pipeline rank what `read` returned for each micro-batch; nothing elsewhere.
+        """
+        ...
+
+    def keep_outputs(self, layers: Collection[int]) -> Mapping[int, Sequence[Tensor]]:
+        """From now on keep what comes out of those layers, counted from 0, that this rank has.
+
+        Returns:
+            By layer a tensor for each micro-batch of the last forward passes, as it is spread over tensor and context
+            ranks between layers.
+        """
+        ...
+
+    def match_outputs(self, match: Match) -> None:
+        """From now on learn in every step from the outputs of another model's layers too; once an engine.
+
+        Steps report the mean distance as `hidden_states`, and their loss has it in it.
         """
         ...
 
@@ -266,7 +326,9 @@ def _class_of(backend: str) -> Callable[..., Engine]:
 
 __all__ = [
     "Engine",
+    "Logits",
     "LossSums",
+    "Match",
     "Objective",
     "Piece",
     "RowScores",

@@ -81,9 +81,10 @@ class _Head(torch.autograd.Function):
         totals: Tensor | None = None
         for part in parts:
             hidden, labels, mask = hidden_BSD[:, part], inputs.labels_BS[:, part], inputs.loss_mask_BS[:, part]
+            asked = objective.at(part) if isinstance(objective, Tokenwise) else objective
             with torch.enable_grad():
                 logits = (hidden.detach() @ weight_VD.detach().t()).requires_grad_()
-                sums = objective(logits, labels, mask, group)
+                sums = asked(logits, labels, mask, group)
                 (logits_gradient,) = torch.autograd.grad(sums.loss, logits)
             metrics = [sums.metrics[name] for name in objective.metric_names]
             values = torch.stack([each.detach().float() for each in (sums.loss, sums.num_tokens, *metrics)])

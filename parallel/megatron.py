@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -22,12 +24,14 @@ from parallel import device, weight_names
 from parallel.boxes import Box
 from parallel.compilation import compile_layers, gather_whole_layers
 from parallel.cpu import adapt_megatron, tensors_as_on_cuda
-from parallel.engine import LossSums, Objective, Piece, RowScores, StepResult, TensorSource
+from parallel.engine import Logits, LossSums, Match, Objective, Piece, RowScores, StepResult, TensorSource
 from parallel.experts import METRICS, RouterTotals, routers_of
 from parallel.groups import megatron_coordinate
 from parallel.head import keep_hidden, loss_of_hidden, score_rows
+from parallel.hidden_states import METRIC as HIDDEN_STATES
+from parallel.hidden_states import Matching, keep_outputs
 from parallel.importance import Importance, Observer
-from parallel.inputs import Inputs, inputs_of_rank
+from parallel.inputs import Inputs, inputs_of_rank, placed
 from parallel.linear import SCALING, use_own_products
 from parallel.memory_errors import naming_memory_errors
 from parallel.mesh import Mesh
@@ -48,8 +52,8 @@ BUCKETS_TO_OVERLAP = 8
 class MegatronEngine:
     """See `Engine`. Megatron's groups must be those of the mesh (`groups.enter_mesh`) as long as the engine is used."""
 
-    _keeps_hidden = True
-    """The head is multiplied with together with the loss, not by the model."""
+    _trains_without_logits = True
+    """In training the head is multiplied with together with the loss, as it always is in an engine that only looks."""
 
     def __init__(
         self, model: ModelConfig, engine: EngineConfig, optim: OptimConfig | None, mesh: Mesh, *, micro_batch: int
@@ -66,6 +70,7 @@ class MegatronEngine:
         self._device = device.this_device()
         self._tensor_group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
         self._is_last = self.coordinate.pipeline == mesh.pipeline - 1
+        self._keeps_hidden = optim is None or self._trains_without_logits
         with tensors_as_on_cuda():
             self._chunks = build_chunks(model, engine, mesh)
         self._parameters = dict(self._named_boxes(model))
@@ -82,6 +87,8 @@ class MegatronEngine:
             compile_layers(self._chunks)
         self._models: list[Any] = self._chunks
         self._adams: list[Any] = []
+        self._outputs: dict[int, list[Tensor]] = {}
+        self._matchings: list[Matching] = []
         self._accumulating: list[Any] = []
         """Weights whose gradients are added to `main_grad` where they are computed, not by Megatron's hooks."""
         self._rounding: list[Any] = []
@@ -164,30 +171,34 @@ class MegatronEngine:
         names = objectives[0].metric_names
         with naming_memory_errors("the forward and backward pass"):
             self._weigh_router_losses(micro_batches)
+            for matching in self._matchings:
+                matching.begin_step([self._placed(batch.loss_mask_BS) for batch in micro_batches])
             sums = self._accumulate(micro_batches, objectives)
         with naming_memory_errors("the gradient norm"):
             total = self._sum_over_world(sums, names, stop)
             outcome = Outcome.of(total, clip_grad_norm=self._optim.clip_grad_norm)
             read = begin_reading(outcome.report)
         with naming_memory_errors("the optimizer's update"):
-            for adam in self._adams:
+            for adam in (*self._adams, *self._matchings):
                 adam.step(outcome, learning_rate=learning_rate)
-        return result_of(read(), names if self._totals is None else (*names, *METRICS))
+        routers = () if self._totals is None else METRICS
+        return result_of(read(), (*names, *routers, *(HIDDEN_STATES for _ in self._matchings)))
 
     def _sum_over_world(self, sums: Sequence[LossSums], names: Sequence[str], stop: bool) -> Tensor:
         """What `Outcome.of` wants, on the device; in the Megatron engine nothing here waits for it."""
         num_sums = 4 + len(names)
-        num_router_sums = 0 if self._totals is None else len(METRICS)
-        total = torch.zeros(num_sums + num_router_sums, dtype=torch.float64, device=self._device)
-        for adam in self._adams:
+        further = [] if self._totals is None else [self._totals.in_tokens() / self._num_layers]
+        further += [matching.sums for matching in self._matchings]
+        total = torch.cat([torch.zeros(num_sums, device=self._device), *further]).double()
+        for adam in (*self._adams, *self._matchings):
             total[0] += adam.gather_gradients()
+        for matching in self._matchings:
+            total[2] += matching.loss
         total[1] = float(stop)
         if self._is_last and self.coordinate.tensor == 0:
             for part in sums:
                 values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
                 total[2:num_sums] += torch.stack([value.double() for value in values])
-        if self._totals is not None:
-            total[num_sums:] = self._totals.in_tokens() / self._num_layers
         dist.all_reduce(total)
         return total
 
@@ -226,9 +237,22 @@ class MegatronEngine:
         return RowScores(sample_ids_B=ids.view(-1).cpu(), loss_B=loss_B, correct_B=correct_B, num_tokens_B=num_tokens_B)
 
     @torch.inference_mode()
-    def predict(self, micro_batches: Sequence[Batch], read: Callable[[Tensor, dist.ProcessGroup], T]) -> list[T]:
+    def predict(self, micro_batches: Sequence[Batch], read: Callable[[Logits], T]) -> list[T]:
         """See `Engine.predict`."""
+        assert self._optim is None, "an engine that trains may hold no logits, and no whole weights"
         return self._look(micro_batches, partial(self._reading, read))
+
+    def keep_outputs(self, layers: Collection[int]) -> Mapping[int, Sequence[Tensor]]:
+        """See `Engine.keep_outputs`."""
+        self._outputs |= keep_outputs(self._chunks, layers)
+        return self._outputs
+
+    def match_outputs(self, match: Match) -> None:
+        """See `Engine.match_outputs`."""
+        assert self._optim is not None and not self._matchings, "an engine that trains, and once"
+        split = self._engine.sequence_parallel
+        width = self._model.hidden_size
+        self._matchings.append(Matching(match, self._chunks, width=width, optim=self._optim, splits_sequence=split))
 
     @torch.no_grad()
     def observe(self, micro_batches: Sequence[Batch]) -> Importance:
@@ -269,6 +293,8 @@ class MegatronEngine:
         """Forward passes only, without activation recomputation; returns as `_run`."""
         for model in self._models:
             model.eval()
+        for kept in self._outputs.values():
+            kept.clear()
         # The interleaved schedule takes multiples of the pipeline size; what is added is dropped again.
         virtual = self._engine.mesh.virtual_pipeline > 1
         padding = -len(micro_batches) % self.mesh.pipeline if virtual else 0
@@ -276,6 +302,8 @@ class MegatronEngine:
         found = self._run(padded, [loss] * len(padded), forward_only=True)
         for model in self._models:
             model.train()
+        for kept in self._outputs.values():
+            del kept[len(micro_batches) :]
         return found[: len(micro_batches)]
 
     def _run(
@@ -322,16 +350,16 @@ class MegatronEngine:
         rows_B3 = score_rows(hidden_BSD, weight_VD, inputs, self._tensor_group)
         return rows_B3[:, 0].sum().float(), rows_B3[:, 2].sum().int(), rows_B3
 
-    def _reading(
-        self, read: Callable[[Tensor, dist.ProcessGroup], Any], inputs: Inputs, hidden_BSD: Tensor
-    ) -> tuple[Tensor, Tensor, Any]:
-        logits_BSV = hidden_BSD @ self._head_weight().t() if self._keeps_hidden else hidden_BSD
-        return _unused(hidden_BSD, read(logits_BSV, self._tensor_group))
+    def _reading(self, read: Callable[[Logits], Any], inputs: Inputs, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Any]:
+        return _unused(hidden_BSD, read(Logits(hidden_BSD, self._head_weight(), self._tensor_group)))
 
     def _head_weight(self) -> Tensor:
         chunk = self._chunks[-1]
         is_tied = chunk.share_embeddings_and_output_weights
         return cast(Tensor, chunk.shared_embedding_or_output_weight() if is_tied else chunk.output_layer.weight)
+
+    def _placed(self, array: npt.NDArray[np.float32]) -> Tensor:
+        return placed(array, self.mesh, self.coordinate, self._device)
 
     def _check_shapes(self, micro_batches: Sequence[Batch]) -> None:
         shapes = {batch.tokens_BS.shape for batch in micro_batches}
@@ -384,6 +412,8 @@ class MegatronEngine:
                 for prefix, values in self._state_of(shard):
                     part = values.detach().view(-1)[start:stop]
                     yield from pieces_of(part, self._parameters[shard.parameter], shard.start + start, prefix=prefix)
+        for matching in self._matchings:
+            yield from matching.pieces()
 
     @torch.no_grad()
     def load_optimizer_state(self, source: TensorSource, *, num_steps: int) -> None:
@@ -395,6 +425,8 @@ class MegatronEngine:
                     flat = read_range(source, self._parameters[shard.parameter], shard.start, shard.stop, prefix=prefix)
                     values.copy_(flat.view_as(values))
             adam.set_num_steps(num_steps)
+        for matching in self._matchings:
+            matching.load(source, num_steps=num_steps)
 
     def _state_of(self, shard: OptimizerShard) -> list[tuple[str, Tensor]]:
         """What a resume needs of a shard besides the weights, by prefix of its canonical name."""
@@ -412,7 +444,7 @@ class MegatronEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._adams, self._families, self._routers = [], [], []
+        self._adams, self._families, self._routers, self._matchings, self._outputs = [], [], [], [], {}
         self._models, self._chunks, self._parameters, self._accumulating = [], [], {}, []
         RotaryEmbedding.forward.cache_clear()  # keeps the last models' rotary modules alive
         gc.collect()  # hooks and parameters refer to each other

@@ -3,7 +3,8 @@
 A rule is a small function `(config, machine) -> Iterator[Problem]`; all of them are asked, and what they find is raised
 at once. They live in `rules_layout.py` (model, batch and axes), `rules_engine.py` (what a backend offers),
 `rules_experts.py` (mixtures of experts), `rules_precision.py` (fp8), `rules_stages.py` (stages and what they refer to),
-`rules_compression.py` (pruning and distillation), `rules_place.py` (this machine, its disks and the cluster),
+`rules_compression.py` (pruning and distillation), `rules_distillation.py` (hidden states, logits written down),
+`rules_place.py` (this machine, its disks and the cluster),
 `rules_data.py` (storage, tiers, shuffling) and `rules_slurm.py` (what is asked of Slurm). Fields on their own are
 checked when they are decoded.
 """
@@ -18,6 +19,7 @@ from conf.schema import RunConfig
 from recipes import (
     rules_compression,
     rules_data,
+    rules_distillation,
     rules_engine,
     rules_experts,
     rules_layout,
@@ -37,6 +39,7 @@ RULES = (
     *rules_experts.RULES,
     *rules_precision.RULES,
     *rules_compression.RULES,
+    *rules_distillation.RULES,
     *rules_place.RULES,
     *rules_data.RULES,
     *rules_slurm.RULES,
@@ -46,6 +49,7 @@ WARNINGS = (
     *rules_layout.WARNINGS,
     *rules_experts.WARNINGS,
     *rules_compression.WARNINGS,
+    *rules_distillation.WARNINGS,
     *rules_place.WARNINGS,
     *rules_data.WARNINGS,
     *rules_slurm.WARNINGS,

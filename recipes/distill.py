@@ -8,9 +8,9 @@ from conf.schema import DistillStage, ModelConfig
 from parallel.engine import TensorSource
 from parallel.initial import InitialWeights
 from parallel.shapes import student_shape
+from recipes.lessons import taught_by
 from recipes.pretrain import train_stage
 from recipes.prune import importance_of, pruned_weights, with_shape
-from recipes.recover import taught_by
 from recipes.stage import StageInput, StageOutput, parent_of
 from recipes.stage_models import grid_of
 from train.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ def distill(given: StageInput, stage: DistillStage) -> StageOutput:
     teacher = given.open_model(stage.distillation.teacher)
     shape = shape_of_student(given, stage, teacher.manifest.provenance.model)
     initial = weights_of_student(given, stage, teacher, shape)
-    with taught_by(given, teacher, stage.distillation, stage.training) as lesson:
+    with taught_by(given, teacher, stage.distillation, stage.training, shape) as lesson:
         return train_stage(
             given,
             stage.training,
@@ -42,9 +42,7 @@ def shape_of_student(given: StageInput, stage: DistillStage, teacher: ModelConfi
     student = stage.student
     if student.shape is not None:
         return with_shape(teacher, student.shape)
-    return student_shape(
-        teacher, student.ratio, grid_of(given.context.config, student.hidden_multiple, student.ffn_multiple)
-    )
+    return student_shape(teacher, student.ratio, grid_of(given.context.config, student))
 
 
 def weights_of_student(given: StageInput, stage: DistillStage, teacher: Checkpoint, shape: ModelConfig) -> TensorSource:

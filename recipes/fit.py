@@ -40,9 +40,10 @@ def shape_of_stage(config: RunConfig, name: str) -> Shape:
 def teaching_of_stage(config: RunConfig, name: str) -> Teacher | None:
     """The model a stage learns from, on the same ranks, where it learns from one."""
     distillation, teacher = distillation_of(config.stages[name]), teacher_of_stage(config, name)
-    if distillation is None or teacher is None:
-        return None
-    return Teacher(shape=shape_of(teacher), top_k=distillation.top_k)
+    if distillation is None or teacher is None or distillation.logits is not None:
+        return None  # what was written down comes with the batches
+    matched = distillation.hidden_states.layers if distillation.hidden_states is not None else {}
+    return Teacher(shape=shape_of(teacher), top_k=distillation.top_k, hidden_layers=len(matched))
 
 
 def memory_of_stage(config: RunConfig, name: str) -> StageMemory:

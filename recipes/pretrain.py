@@ -10,7 +10,7 @@ import torch
 from conf.schema import ModelConfig, PretrainStage, TrainingConfig
 from data.batch import Batch
 from parallel.attention_kernel import attention_kernel
-from parallel.engine import Objective, TensorSource, make_engine
+from parallel.engine import Match, Objective, TensorSource, make_engine
 from parallel.initial import InitialWeights
 from parallel.memory_errors import StepOutOfMemoryError, naming_memory_errors
 from parallel.mesh import Mesh
@@ -27,10 +27,12 @@ class Lesson:
     Attributes:
         objectives: the loss of a step's micro-batches, or one for each; None: cross-entropy of the labels.
         flops_per_token: model FLOPs a token of computing them, the student's own left out.
+        match: outputs of layers it learns from besides.
     """
 
     objectives: Callable[[Sequence[Batch]], Objective | Sequence[Objective]] | None
     flops_per_token: float
+    match: Match | None = None
 
 
 FROM_LABELS = Lesson(None, 0.0)
@@ -70,6 +72,8 @@ def train_stage(
     except StepOutOfMemoryError as error:
         raise error.followed_by(advice(context.config, given.name, error.capacity_bytes)) from error
     try:
+        if lesson.match is not None:
+            engine.match_outputs(lesson.match)
         job = StageJob(
             name=given.name,
             kind=context.config.stages[given.name].kind,

@@ -171,7 +171,7 @@ class Search:
                 cut=config.cut,
                 measure=config.measure,
                 removed=config.removed + more,
-                grid=grid_of(self.given.context.config, config.hidden_multiple, config.ffn_multiple),
+                grid=grid_of(self.given.context.config, config),
             )
         }
         return most_promising_first({shape: self.kept(shape) for shape in shapes})

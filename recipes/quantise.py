@@ -15,8 +15,8 @@ from torch import Tensor
 from conf.schema import ModelConfig, QuantiseStage, Scheme
 from data.batch import Batch
 from parallel.device import this_device
-from parallel.distillation import largest_logits
-from parallel.engine import Engine, RowScores, TensorSource, make_engine
+from parallel.divergence import largest_logits
+from parallel.engine import Engine, Logits, RowScores, TensorSource, make_engine
 from parallel.quantisation import QuantisedWeights, is_quantised
 from parallel.smoothing import SmoothedWeights, smoothing_factors
 from parallel.weight_names import logical_shapes
@@ -158,8 +158,8 @@ def run_quantised(engine: Engine, quantisation: Quantisation | None) -> None:
         engine.round_inputs(quantisation.scheme, quantisation.kept_layers)
 
 
-def _likeliest(logits_BSV: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return largest_logits(logits_BSV, 1, group)[1]
+def _likeliest(logits: Logits) -> Tensor:
+    return largest_logits(logits.at(slice(None)), 1, logits.group)[1]
 
 
 def cost_of(before: Look, after: Look) -> Estimate:

@@ -221,7 +221,7 @@ def targets_can_be_held(config: RunConfig, machine: Machine) -> Iterator[Problem
 
 
 def _problems_of_search(config: RunConfig, path: str, search: SearchConfig) -> Iterator[Problem]:
-    grid = grid_of(config, search.hidden_multiple, search.ffn_multiple)
+    grid = grid_of(config, search)
     model, measure = config.model, search.measure
     if shapes_that_hold(model, cut=search.cut, measure=measure, removed=search.removed, grid=grid):
         return
@@ -239,7 +239,7 @@ def _problems_of_search(config: RunConfig, path: str, search: SearchConfig) -> I
 
 
 def _problems_of_student(config: RunConfig, path: str, stage: DistillStage) -> Iterator[Problem]:
-    grid = grid_of(config, stage.student.hidden_multiple, stage.student.ffn_multiple)
+    grid = grid_of(config, stage.student)
     shapes = list(student_shapes(config.model, stage.student.ratio, grid))
     if not shapes:
         yield Problem(
@@ -332,7 +332,11 @@ def teachers_fit_beside_students(config: RunConfig, machine: Machine) -> Iterato
         return
     have = int(gpu.memory_bytes)
     for name, stage in stages_of(config):
-        if distillation_of(stage) is None or (need := distilling_bytes(config, name)) <= have:
+        distillation = distillation_of(stage)
+        if distillation is None or distillation.logits is not None:
+            continue
+        need = distilling_bytes(config, name)
+        if need <= have:
             continue
         fits = next(
             (

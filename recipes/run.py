@@ -12,6 +12,7 @@ from conf.schema import (
     DistillStage,
     EvaluateStage,
     ExportStage,
+    LogitsStage,
     PretrainStage,
     PruneStage,
     QuantiseStage,
@@ -22,6 +23,7 @@ from recipes.control import train_control
 from recipes.distill import distill
 from recipes.evaluate import evaluate
 from recipes.export import export
+from recipes.logits import record_logits
 from recipes.pretrain import pretrain
 from recipes.prune import prune
 from recipes.quantise import quantise
@@ -73,6 +75,8 @@ def run_stage(given: StageInput) -> StageOutput:
             output = recover(given, stage)
         case DistillStage() as stage:
             output = distill(given, stage)
+        case LogitsStage() as stage:
+            output = record_logits(given, stage)
         case QuantiseStage() as stage:
             output = quantise(given, stage)
         case ControlStage() as stage:

@@ -7,6 +7,7 @@ recipe's model, so that the other rules can be asked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache
@@ -15,6 +16,7 @@ from conf.schema import (
     ControlStage,
     DistillationConfig,
     DistillStage,
+    GridConfig,
     ModelConfig,
     PruneStage,
     QuantiseStage,
@@ -53,14 +55,14 @@ def distillation_of(stage: StageConfig) -> DistillationConfig | None:
     return stage.distillation if isinstance(stage, RecoverStage | DistillStage) else None
 
 
-def grid_of(config: RunConfig, hidden_multiple: int, ffn_multiple: int) -> Grid:
-    """Shapes that the run's mesh can hold."""
+def grid_of(config: RunConfig, wanted: GridConfig) -> Grid:
+    """Shapes that are wanted and that the run's mesh can hold."""
     mesh = config.engine.mesh
     return Grid(
-        hidden_multiple=hidden_multiple,
-        ffn_multiple=ffn_multiple,
-        kv_heads_multiple=mesh.tensor,
-        layers_multiple=mesh.pipeline * mesh.virtual_pipeline,
+        hidden_multiple=wanted.hidden_multiple,
+        ffn_multiple=wanted.ffn_multiple,
+        kv_heads_multiple=math.lcm(wanted.kv_heads_multiple, mesh.tensor),
+        layers_multiple=math.lcm(wanted.layers_multiple, mesh.pipeline * mesh.virtual_pipeline),
     )
 
 
@@ -125,7 +127,7 @@ def _pruned(config: RunConfig, stage: PruneStage, parent: ModelConfig) -> ModelC
     if stage.shape is not None:
         return replace(parent, **asdict(stage.shape))
     search = stage.search
-    grid = grid_of(config, search.hidden_multiple, search.ffn_multiple)
+    grid = grid_of(config, search)
     return _largest(parent, search.cut, search.measure, search.removed, grid) or parent
 
 
@@ -133,7 +135,7 @@ def _student(config: RunConfig, stage: DistillStage, teacher: ModelConfig) -> Mo
     student = stage.student
     if student.shape is not None:
         return replace(teacher, **asdict(student.shape))
-    return _nearest(teacher, student.ratio, grid_of(config, student.hidden_multiple, student.ffn_multiple)) or teacher
+    return _nearest(teacher, student.ratio, grid_of(config, student)) or teacher
 
 
 @cache

@@ -60,7 +60,22 @@ class CalibrationConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SearchConfig(Strict):
+class GridConfig(Strict):
+    """What the sizes of smaller shapes are multiples of.
+
+    Those that the run's axes need besides are added, so the shape is another one only where they could not share it.
+    """
+
+    hidden_multiple: PositiveInt
+    ffn_multiple: PositiveInt
+    kv_heads_multiple: PositiveInt
+    """Tensor ranks share key-value heads out."""
+    layers_multiple: PositiveInt
+    """Pipeline ranks (times virtual_pipeline) share layers out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchConfig(GridConfig):
     """Which smaller shapes are tried, and how long."""
 
     cut: Literal["width", "depth", "mixed"]
@@ -69,8 +84,6 @@ class SearchConfig(Strict):
     """What is cut: parameters, bytes of weights and of one row's keys and values, or measured seconds a token."""
     removed: Annotated[float, Field(gt=0, lt=1)]
     """Share of it that goes."""
-    hidden_multiple: PositiveInt
-    ffn_multiple: PositiveInt
     candidates: PositiveInt
     """Shapes scored, those that keep most of the importance first."""
     seconds: PositiveFloat
@@ -98,6 +111,21 @@ class PruneStage(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HiddenStatesConfig(Strict):
+    """Learning from what comes out of a teacher's layers, beside its logits.
+
+    Where widths differ, a projection is trained with the student and left out of its model.
+    """
+
+    layers: dict[int, int]
+    """The student's layer -> the teacher's, counted from 0; both of a pair on the same pipeline rank."""
+    distance: Literal["cosine", "mse"]
+    """cosine: 1 - cosine. mse: squared difference over the square of the teacher's."""
+    weight: PositiveFloat
+    """Of the mean distance, in the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DistillationConfig(Strict):
     """How a model learns from another's logits."""
 
@@ -110,6 +138,22 @@ class DistillationConfig(Strict):
     """Of the divergence; cross-entropy has the rest."""
     top_k: NonNegativeInt
     """Logits kept of the teacher a token; 0: all."""
+    logits: str | None = None
+    """Where the teacher's likeliest tokens were written down: an earlier stage of kind logits, or the folder or URI of
+    what one wrote in another run. Null: the teacher is asked, in the same processes."""
+    hidden_states: HiddenStatesConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogitsStage(Strict):
+    """Write down what the teacher of a later stage says of its text; passes the incoming model on unchanged."""
+
+    kind: Literal["logits"]
+    stage: str
+    """Later stage that learns from it: its teacher, text, temperature and top_k are taken."""
+    stored_as: Literal["bf16", "fp16", "fp32"]
+    location: str | None
+    """Folder or URI to write to; null: in the run's directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +166,7 @@ class RecoverStage(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StudentConfig(Strict):
+class StudentConfig(GridConfig):
     """A student's shape and where its weights come from."""
 
     ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)]
@@ -130,8 +174,6 @@ class StudentConfig(Strict):
     shape: ShapeConfig | None
     start: Literal["fresh", "pruned"]
     """pruned: cut out of the teacher, by activations on `calibration`."""
-    hidden_multiple: PositiveInt
-    ffn_multiple: PositiveInt
     calibration: CalibrationConfig
 
 
@@ -229,5 +271,5 @@ class ExportStage(Strict):
 
 TrainingStage = PretrainStage | SpecialiseStage | RecoverStage | DistillStage | ControlStage
 StageConfig = Annotated[
-    TrainingStage | PruneStage | QuantiseStage | EvaluateStage | ExportStage, Field(discriminator="kind")
+    TrainingStage | PruneStage | LogitsStage | QuantiseStage | EvaluateStage | ExportStage, Field(discriminator="kind")
 ]

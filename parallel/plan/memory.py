@@ -28,9 +28,9 @@ SLICE_LOGITS = 2**26
 SLICE_BYTES = 12
 """Bytes each of them takes in fp32: exponentials, their gradient, and that with the labels' part; on a CPU, kernel by
 kernel. Fused on a GPU it is less."""
-DISTILLED_BYTES = (22, 26)
-"""Bytes a logit that is learned from a teacher's takes, which is not done in slices: from its likeliest tokens, or from
-all. Measured in bf16 on a CPU, kernel by kernel."""
+DISTILLED_BYTES = 12
+"""Bytes in fp32 that a logit learned from a teacher's takes besides the two: log-probabilities of both and one's
+probability (or, later, a gradient and what the cross-entropy needs). Of a slice, where the head is sliced."""
 TOP_K_BYTES = 10
 """That a kept logit of a teacher takes: bf16, and its id."""
 
@@ -48,7 +48,7 @@ class StageMemory:
     """With a teacher, what is kept of its logits for all micro-batches of a step as well."""
     buffers: float
     teacher: float = 0.0
-    """Its weights."""
+    """Its weights, and its hidden states that are learned from."""
 
     @property
     def allocated(self) -> float:
@@ -112,7 +112,7 @@ def stage_memory(shape: Shape, layout: Layout, stage: int, teacher: Teacher | No
         activations=kept.layers + kept.head_norm,
         logits=logits + (_kept_logit_bytes(teacher, layout) if teacher is not None and is_last else 0.0),
         buffers=_buffers(shape, layout) + max(0.0, walked_back - freed),
-        teacher=_states(teacher.shape, layout, stage)[0] if teacher is not None else 0.0,
+        teacher=_states(teacher.shape, layout, stage)[0] + _kept_hidden_bytes(teacher, layout) if teacher else 0.0,
     )
 
 
@@ -120,7 +120,8 @@ def _logit_bytes(shape: Shape, layout: Layout, teacher: Teacher | None) -> float
     """What head and loss of a micro-batch hold at once."""
     count, each = layout.tokens * shape.vocab / layout.tensor, layout.element_bytes
     if teacher is not None:
-        return count * DISTILLED_BYTES[teacher.top_k == 0]
+        at_once = min(count, SLICE_LOGITS) if layout.stack.slices == "head" else count
+        return at_once * (DISTILLED_BYTES + (1 if teacher.top_k else 2) * each)
     match layout.stack.slices:
         case "nothing":
             return count * (12 if each == 4 else layout.stack.logit_bytes)
@@ -136,11 +137,17 @@ def _slice_bytes(layout: Layout) -> float:
 
 
 def _kept_logit_bytes(teacher: Teacher, layout: Layout) -> float:
-    """What is kept of the teacher's logits: of all micro-batches of a step."""
+    """What is kept of the teacher's predictions, of all micro-batches of a step: what goes into its head."""
     tokens = layout.micro_batches * layout.tokens
     if teacher.top_k:
         return tokens * teacher.top_k * TOP_K_BYTES
-    return tokens * teacher.shape.vocab / layout.tensor * layout.element_bytes
+    return tokens * teacher.shape.hidden * layout.element_bytes
+
+
+def _kept_hidden_bytes(teacher: Teacher, layout: Layout) -> float:
+    """Outputs of the teacher's layers that are learned from, of all micro-batches of a step; evenly over the stages."""
+    tokens = layout.micro_batches * layout.tokens / layout.sequence_split
+    return tokens * teacher.shape.hidden * layout.element_bytes * -(-teacher.hidden_layers // layout.pipeline)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,8 @@ class Teacher:
     shape: Shape
     top_k: int
     """Logits kept of it a token; 0: all."""
+    hidden_layers: int = 0
+    """Layers whose outputs are learned from."""
 
 
 def shape_of(model: ModelConfig) -> Shape:

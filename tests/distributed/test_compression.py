@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,14 +11,21 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks, smaller_world
-from tiny import MODEL, OPTIM, TIED, Layout, Tensors, batches, tiny_engine
+from tiny import GLOBAL_BATCH, LENGTH, MICRO_BATCH, MODEL, OPTIM, TIED, Layout, Tensors, batches, tiny_engine
 
-from parallel.distillation import Distillation, FromTeacher
+from data.batch import Batch
+from data.logits import LogitsManifest, StoredLogits
+from data.storage import Store
+from parallel import loss
+from parallel.device import this_device
+from parallel.distillation import Distillation, FromRecording, FromTeacher
+from parallel.engine import Engine, Match, Objective, StepResult, TensorSource
 from parallel.importance import Importance
 from parallel.initial import InitialWeights
 from parallel.pruning import PrunedWeights, most_important
 from parallel.weight_importance import magnitude_importance
 from parallel.weight_names import logical_shapes
+from recipes.logits import Recorder
 
 LIMIT_SECONDS = 240.0
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
@@ -50,11 +59,14 @@ LESSONS = {
     "reverse": (Distillation(divergence="reverse"), 0),
     "top 16": (Distillation(weight=0.9), 16),
 }
+Lesson = Callable[[Sequence[Batch]], Sequence[Objective]]
+# A student's layers and what they are held against, on the same ranks where there are two stages.
+PAIRS = {0: 1, 1: 3}
 STEPS = 4
 CALIBRATION = 500
 
 
-def everything() -> dict[str, Any]:
+def everything(folder: str) -> dict[str, Any]:
     """Run on each of four ranks."""
     found: dict[str, Any] = {}
     for size in (4, 1):
@@ -63,13 +75,26 @@ def everything() -> dict[str, Any]:
                 continue
             for name, layout in {**LAYOUTS, **OBSERVED}.items():
                 if layout.mesh.world_size == size:
-                    found[name] = _on_mesh(layout, train=name in LAYOUTS)
+                    with _slices(None if name == "one" else 16, layout):
+                        found[name] = _on_mesh(layout, f"{folder}/{name}", train=name in LAYOUTS)
             if size == 1:
                 found["nothing lost"] = {model.name: _cut_what_does_nothing(model) for model in (PARENT, TIED)}
     return found
 
 
-def _on_mesh(layout: Layout, *, train: bool) -> dict[str, Any]:
+@contextmanager
+def _slices(num_tokens: int | None, layout: Layout) -> Iterator[None]:
+    """Let losses look at so many of the 32 tokens of a row at a time (None: at all)."""
+    limit = loss.LOGIT_BYTES
+    if num_tokens is not None:
+        loss.LOGIT_BYTES = 4 * MICRO_BATCH * PARENT.vocab_size // layout.tensor * num_tokens
+    try:
+        yield
+    finally:
+        loss.LOGIT_BYTES = limit
+
+
+def _on_mesh(layout: Layout, folder: str, *, train: bool) -> dict[str, Any]:
     from parallel import groups
 
     groups.enter_mesh(layout.mesh, virtual_pipeline=layout.virtual_pipeline)
@@ -91,15 +116,73 @@ def _on_mesh(layout: Layout, *, train: bool) -> dict[str, Any]:
                 saved = Tensors.gather(list(student.weights())).tensors
                 found["pruned"] = {weight: tensor.numpy() for weight, tensor in saved.items()}
             lesson = FromTeacher(teacher, objective, top_k)
-            steps = []
-            for step in range(STEPS):
-                mine = batches(step, layout.mesh, student.coordinate.data)
-                steps.append(student.step(mine, lesson(mine), learning_rate=OPTIM.learning_rate))
-            found[name] = steps
+            found[name] = _taught(student, lesson)
             student.close()
+        found["recorded"] = _learn_from_recording(layout, teacher, pruned, folder)
+        found["hidden states"] = _learn_hidden_states(layout, teacher, pruned)
     teacher.close()
     groups.leave_mesh()
     return found
+
+
+def _taught(student: Engine, lesson: Lesson, steps: range = range(STEPS)) -> list[StepResult]:
+    results = []
+    for step in steps:
+        mine = batches(step, student.mesh, student.coordinate.data)
+        results.append(student.step(mine, lesson(mine), learning_rate=OPTIM.learning_rate))
+    return results
+
+
+def _learn_from_recording(layout: Layout, teacher: Engine, pruned: PrunedWeights, folder: str) -> list[StepResult]:
+    """Write the teacher's 16 likeliest tokens down, and train on what is read of them."""
+    samples = GLOBAL_BATCH * STEPS
+    manifest = LogitsManifest(
+        format_version=1,
+        about={},
+        vocab_size=PARENT.vocab_size,
+        tokens=LENGTH,
+        top_k=16,
+        stored_as="fp32",
+        num_samples=samples,
+    )
+    recorder = Recorder(teacher, Store.open(folder), manifest, temperature=1.0)
+    mesh, place = layout.mesh, teacher.coordinate
+    done: list[int] = []
+    recorder.run(lambda step: batches(step, mesh, place.data), STEPS, asked_to_stop=lambda: False, tell=done.append)
+    assert done == [STEPS]
+    stored = StoredLogits.open(folder)
+    student = tiny_engine(layout, PRUNED)
+    student.load_weights(pruned)
+    steps = _taught(student, FromRecording(stored, Distillation(weight=0.9), mesh, this_device(), GLOBAL_BATCH))
+    student.close()
+    stored.close()
+    return steps
+
+
+def _learn_hidden_states(layout: Layout, teacher: Engine, pruned: PrunedWeights) -> dict[str, Any]:
+    """Train a narrower student on its teacher's hidden states too, and once again with a stop in the middle."""
+    lesson = FromTeacher(teacher, Distillation(), 0)
+    targets = teacher.keep_outputs(PAIRS.values())
+    match = Match(pairs=PAIRS, targets=targets, width=PARENT.hidden_size, distance="cosine", weight=2.0, seed=1)
+
+    def student(weights: TensorSource) -> Engine:
+        engine = tiny_engine(layout, PRUNED)
+        engine.match_outputs(match)
+        engine.load_weights(weights)
+        return engine
+
+    first = student(pruned)
+    steps = _taught(first, lesson, range(STEPS // 2))
+    weights, state = Tensors.gather(list(first.weights())), Tensors.gather(list(first.optimizer_state()))
+    steps += _taught(first, lesson, range(STEPS // 2, STEPS))
+    first.close()
+    if layout.pipeline == 1:
+        return {"steps": steps, "weights": list(weights.tensors)}
+    again = student(weights)
+    again.load_optimizer_state(state, num_steps=STEPS // 2)
+    resumed = _taught(again, lesson, range(STEPS // 2, STEPS))
+    again.close()
+    return {"steps": steps, "weights": list(weights.tensors), "resumed": resumed}
 
 
 def _cut_what_does_nothing(model: Any) -> dict[str, Any]:
@@ -143,8 +226,9 @@ def _with_idle_parts(model: Any, shape: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return run_ranks(everything, 4, limit_seconds=LIMIT_SECONDS)[0]
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = str(tmp_path_factory.mktemp("logits"))
+    return run_ranks(everything, 4, folder, limit_seconds=LIMIT_SECONDS)[0]
 
 
 @pytest.mark.parametrize("name", [name for name in {**LAYOUTS, **OBSERVED} if name != "one"])
@@ -172,6 +256,36 @@ def test_distilled_losses_do_not_depend_on_the_layout(found, lesson, name):
         assert mine.loss == pytest.approx(its.loss, abs=1e-5)
         assert mine.metrics == pytest.approx(its.metrics, abs=1e-5)
         assert mine.grad_norm == pytest.approx(its.grad_norm, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_was_written_down_teaches_what_the_teacher_itself_does(found, name):
+    online, recorded = found[name]["top 16"], found[name]["recorded"]
+    assert [step.loss for step in recorded] == [step.loss for step in online]
+    assert [step.metrics for step in recorded] == [step.metrics for step in online]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_hidden_states_are_learned_alike_under_every_layout(found, name):
+    one, other = found["one"]["hidden states"]["steps"], found[name]["hidden states"]["steps"]
+    assert one[-1].metrics["hidden_states"] < one[0].metrics["hidden_states"]
+    for mine, its in zip(other, one, strict=True):
+        assert mine.loss == pytest.approx(its.loss, abs=1e-5)
+        assert mine.metrics == pytest.approx(its.metrics, abs=1e-5)
+        assert mine.grad_norm == pytest.approx(its.grad_norm, abs=1e-4)
+
+
+def test_loss_has_the_distance_of_hidden_states_in_it(found):
+    for step in found["one"]["hidden states"]["steps"]:
+        metrics = step.metrics
+        assert step.loss == pytest.approx(metrics["divergence"] + 2.0 * metrics["hidden_states"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.pipeline > 1])
+def test_projections_are_resumed_and_are_no_part_of_the_model(found, name):
+    result = found[name]["hidden states"]
+    assert [step.loss for step in result["resumed"]] == [step.loss for step in result["steps"][STEPS // 2 :]]
+    assert result["weights"] and set(result["weights"]) == set(logical_shapes(PRUNED))
 
 
 def test_a_few_logits_say_nearly_what_all_say(found):

@@ -148,9 +148,14 @@ def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from_also_with_do
     ended = train(
         tmp_path / "runs",
         "recipe=business_module",
-        "order=[specialise,evaluate,export]",
+        # Besides, a teacher whose logits are written down and read, and one whose hidden states are learned.
+        "order=[specialise,logits,distill,recover,evaluate,export]",
+        "+stages.logits={kind: logits, stage: distill, stored_as: fp16, location: null}",
+        "stages.distill.distillation={logits: logits, top_k: 8}",
+        "stages.recover.distillation.hidden_states={layers: {0: 3}, distance: mse, weight: 1.0}",
         f"init={copied}",
         *TINY_MODEL,
+        *TINY_VARIANTS,
         "stages.specialise.training.tokens=2048",
         "stages.specialise.training.validation_tokens=2000",
         "stages.evaluate.tokens=2000",
@@ -159,6 +164,13 @@ def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from_also_with_do
     )
     assert ended.code == 0, ended.output
     assert "no n-gram beside init" in ended.output
+    steps = {
+        stage: [each for each in records(ended.run, "step") if each["stage"] == stage]
+        for stage in ("distill", "recover")
+    }
+    assert all(0 < step["metrics"]["divergence"] for step in steps["distill"])
+    assert all(0 < step["metrics"]["hidden_states"] < step["loss"] for step in steps["recover"])
+    assert (ended.run / "logits" / "logits" / "logits.json").exists()
     assert (ended.run / "export" / "specialise" / "model.safetensors").exists()
     assert "document by document" in (ended.run / "logs" / "rank-00000.log").read_text(), "documents were kept apart"
     # And so FLOPs are those of the documents, by the rows of rank 0.

@@ -15,7 +15,7 @@ from data.prepare import prepare
 from data.shards import Access, Dataset
 from data.storage import Store
 from data.tokenizer import Tokenizer
-from data.writer import DatasetFacts, DatasetWriter, block_hashes, shard_bytes
+from data.writer import DatasetFacts, DatasetWriter, block_hashes, token_shard_bytes
 
 
 def write_dataset(root: Path, num_tokens: int, *, block_tokens: int = 64, shard_blocks: int = 3) -> Dataset:
@@ -147,7 +147,7 @@ def test_truncated_and_missing_shards_are_named_before_they_are_needed(make_data
 
 def test_a_shard_of_another_type_of_tokens_is_refused(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "set", 64 * 3)
-    content, starts = shard_bytes([np.arange(64, dtype=np.uint32)] * 3, np.uint32)
+    content, starts = token_shard_bytes([np.arange(64, dtype=np.uint32)] * 3, np.uint32)
     (tmp_path / "set/train/shards/00000000.arrow").write_bytes(content)
     (entry,) = entries_of(dataset)
     changed = dataclasses.replace(

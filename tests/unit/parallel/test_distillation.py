@@ -1,11 +1,16 @@
-"""The divergence and its gradient are those of plain torch."""
+"""The divergence and its gradient are those of plain torch, whole and in slices."""
 
 import pytest
 import torch
+from tensor_watch import LargestFloat
 
-from parallel.distillation import divergence_of, read_teacher
+from parallel import loss
+from parallel.distillation import Distillation, read_teacher
+from parallel.divergence import divergence_of
+from parallel.engine import Logits
 
 B, S, V = 2, 5, 11
+ALL = slice(None)
 
 
 def logits(seed):
@@ -21,8 +26,14 @@ def reference(student, teacher, direction, temperature):
 
 
 def ours(student, teacher, direction, temperature, top_k=0):
-    read = read_teacher(temperature, top_k)
-    return divergence_of(student, read(teacher, None), None, direction=direction, temperature=temperature)
+    return divergence_of(
+        student, said(teacher, temperature, top_k).at(ALL), None, direction=direction, temperature=temperature
+    )
+
+
+def said(teacher, temperature=1.0, top_k=0):
+    """What is kept of a teacher with these logits: as hidden states and a head that returns them."""
+    return read_teacher(temperature, top_k)(Logits(teacher, torch.eye(teacher.size(-1), dtype=teacher.dtype), None))
 
 
 def value_and_gradient(function, student):
@@ -43,9 +54,10 @@ def test_divergence_and_gradient_are_those_of_torch(direction, temperature):
     torch.testing.assert_close(mine[1], its[1], rtol=1e-5, atol=1e-6)
 
 
-def test_divergence_from_itself_is_zero_and_its_gradient_too():
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_divergence_from_itself_is_zero_and_its_gradient_too(direction):
     same = logits(1).float()
-    value, gradient = value_and_gradient(lambda x: ours(x, same, "forward", 2.0), same)
+    value, gradient = value_and_gradient(lambda x: ours(x, same, direction, 2.0), same)
     assert value.abs().max() < 1e-6 and gradient.abs().max() < 1e-6
 
 
@@ -70,6 +82,49 @@ def test_largest_logits_leave_the_rest_out():
     its = value_and_gradient(by_hand, student)
     torch.testing.assert_close(mine[0], its[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine[1], its[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_loss_is_a_mix_of_divergence_and_cross_entropy_and_its_gradient_theirs(weight):
+    student, teacher = logits(1).float(), logits(2).float()
+    labels, mask = torch.arange(B * S).view(B, S) % V, torch.ones(B, S)
+    mask[0, :3] = 0.0
+    mine, its = student.clone().requires_grad_(), student.clone().requires_grad_()
+    found = Distillation(teacher=said(teacher, 2.0), weight=weight, temperature=2.0)(mine, labels, mask, None)
+    divergence = (reference(its, teacher, "forward", 2.0) * mask).sum()
+    cross_entropy = (torch.nn.functional.cross_entropy(its.transpose(1, 2), labels, reduction="none") * mask).sum()
+    expected = weight * 4.0 * divergence + (1 - weight) * cross_entropy
+    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-6)
+    found.loss.backward()
+    expected.backward()
+    torch.testing.assert_close(mine.grad, its.grad, rtol=1e-5, atol=1e-6)
+    assert found.num_tokens == mask.sum()
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_slices_add_up_to_all(monkeypatch, top_k):
+    student, teacher = logits(1).float(), logits(2).float()
+    labels, mask = torch.zeros(B, S, dtype=torch.int64), torch.rand(B, S)
+    whole = Distillation(teacher=said(teacher, top_k=top_k))(student, labels, mask, None)
+    monkeypatch.setattr(loss, "LOGIT_BYTES", 4 * B * V * 2)
+    lesson = Distillation(teacher=said(teacher, top_k=top_k))
+    parts = loss.parts_of_tokens(B, S, V)
+    assert len(parts) == 3
+    found = [lesson.at(part)(student[:, part], labels[:, part], mask[:, part], None) for part in parts]
+    torch.testing.assert_close(sum(each.loss for each in found), whole.loss, rtol=1e-6, atol=1e-6)
+    for name, value in whole.metrics.items():
+        torch.testing.assert_close(sum(each.metrics[name] for each in found), value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_no_float32_logits_of_all_tokens_exist_of_the_teacher(monkeypatch, top_k):
+    tokens, hidden, vocabulary = 512, 64, 512
+    monkeypatch.setattr(loss, "LOGIT_BYTES", 64 * vocabulary * 4)
+    logits = Logits(torch.randn(1, tokens, hidden), torch.randn(vocabulary, hidden), None)
+    with LargestFloat() as largest:
+        teacher = read_teacher(2.0, top_k)(logits)
+        teacher.at(slice(0, 64))
+    assert 0 < largest.num_bytes <= 64 * vocabulary * 4
 
 
 def test_other_vocabulary_and_reverse_of_a_few_are_refused():

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensor_watch import LargestFloat
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import loss
 from parallel.loss import CrossEntropy, score_tokens
@@ -99,19 +99,6 @@ def test_no_float32_copy_of_all_logits_is_made(monkeypatch):
             logits, torch.zeros(1, 512, dtype=torch.int64), torch.ones(1, 512), None
         ).loss.backward()
     assert 0 < largest.num_bytes <= 64 * 512 * 4
-
-
-class LargestFloat(TorchDispatchMode):
-    """Watches results of operations."""
-
-    num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(each, torch.Tensor) and each.dtype == torch.float32:
-                self.num_bytes = max(self.num_bytes, each.numel() * each.element_size())
-        return result
 
 
 def test_the_planner_knows_the_slice():

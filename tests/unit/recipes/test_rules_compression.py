@@ -8,6 +8,7 @@ from conf.errors import ConfigError
 from conf.schema import ShapeConfig
 from recipes import check
 from recipes.rules_compression import distilling_bytes
+from recipes.stage_models import models_of
 
 SHAPE = ShapeConfig(num_layers=4, hidden_size=96, ffn_hidden_size=256, num_attention_heads=4, num_kv_heads=2)
 
@@ -24,6 +25,30 @@ def test_shipped_recipes_are_sound_at_both_sizes_and_with_all_controls(recipe):
 def test_ratio_is_between_0_and_1(removed):
     with pytest.raises(ConfigError, match=r"stages\.prune\.search\.removed"):
         load.compose(["recipe=business_module", f"stages.prune.search.removed={removed}"])
+
+
+@pytest.mark.parametrize("ratio", ["1", "0.5", "-10", "inf"])
+def test_a_student_is_smaller_than_its_teacher(ratio):
+    with pytest.raises(ConfigError, match=r"stages\.distill\.student\.ratio"):
+        load.compose(["recipe=business_module", f"stages.distill.student.ratio={ratio}"])
+
+
+def test_deep_cuts_are_made_in_several_prune_and_recover_stages():
+    """Each round cuts what the round before recovered, and is checked against that model's size."""
+    rounds = ("prune", "recover", "prune_more", "recover_more")
+    stages = rehearsal().stages
+    config = rehearsal(
+        stages__prune_more=stages["prune"],
+        stages__recover_more=changed(stages["recover"], distillation__teacher="recover"),
+        order=("specialise", *rounds, "evaluate"),
+        stages__evaluate__models=("specialise", *rounds[1::2]),
+        stages__evaluate__ngram_models=(),
+        stages__evaluate__comparisons={},
+        stages__evaluate__targets={},
+    )
+    assert problems_of(config) == {}
+    sizes = [models_of(config)[name].num_parameters for name in ("specialise", "recover", "recover_more")]
+    assert sizes[1] <= 0.7 * sizes[0] and sizes[2] <= 0.7 * sizes[1]
 
 
 def test_a_ratio_no_shape_holds_is_refused_with_the_most_that_can_go():

@@ -42,7 +42,9 @@ def test_more_ranks_than_cores_can_take():
 
 
 def test_more_ranks_than_cores_are_warned_of():
-    (warning,) = check.warnings(layout(rehearsal(), tensor=2, data=2), LAPTOP)
+    (warning,) = (
+        each for each in check.warnings(layout(rehearsal(), tensor=2, data=2), LAPTOP) if "cores" in str(each)
+    )
     assert "4 ranks share 2 CPU cores" in warning.message
 
 

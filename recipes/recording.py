@@ -1,0 +1,47 @@
+"""What a recording of a teacher's logits is of, and where it is. No model is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from conf.schema import LogitsStage, RunConfig
+from data.shards import Dataset
+from data.stream import mixtures_of
+from recipes.rules_layout import trainings_of
+from recipes.stage_models import distillation_of
+
+
+def about_text(config: RunConfig, stage: str) -> dict[str, Any]:
+    """What decides which samples a distilling stage sees and what is kept of its teacher; of the configuration."""
+    training, distillation = trainings_of(config)[stage], distillation_of(config.stages[stage])
+    assert distillation is not None, "the stage has a teacher"
+    return {
+        "stage": stage,
+        "seed": config.seed,
+        "sequence_length": training.sequence_length,
+        "global_batch": training.global_batch,
+        "mixtures": [[first, dict(mixture)] for first, mixture in mixtures_of(training)],
+        "shuffle": asdict(config.data.shuffle),
+        "vocab_size": config.model.vocab_size,
+        "temperature": distillation.temperature,
+        "top_k": distillation.top_k,
+    }
+
+
+def about_data(datasets: Mapping[str, Dataset], sources: tuple[str, ...]) -> dict[str, Any]:
+    """What does so of the data."""
+    used = {name: datasets[name] for name in sources}
+    return {
+        "tokenizer": next(iter(used.values())).tokenizer_sha256,
+        "data": {name: dataset.identity for name, dataset in used.items()},
+    }
+
+
+def location_of(config: RunConfig, logits: str, *, run_dir: str) -> str:
+    """Folder or URI of a recording: of a stage of this run, or the one that is named."""
+    stage = config.stages.get(logits)
+    if not isinstance(stage, LogitsStage):
+        return logits
+    return f"{run_dir}/logits/{logits}" if stage.location is None else stage.location

@@ -1,0 +1,152 @@
+"""Rules of what a student learns from beside its teacher's logits, and of logits that were written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from conf.errors import DataError, Problem
+from conf.schema import DistillStage, LogitsStage, PruneStage, RunConfig
+from data.logits import MANIFEST_NAME, StoredLogits, differences
+from recipes.machine import Machine
+from recipes.recording import about_text
+from recipes.rules_compression import with_mesh
+from recipes.rules_layout import trainings_of
+from recipes.stage_models import distillation_of, model_of_stage, models_of, stages_of, teacher_of_stage
+
+
+def hidden_states_are_on_the_same_ranks(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
+    """Layers that are held against each other exist, and one pipeline rank has both."""
+    mesh = config.engine.mesh
+    for name, stage in stages_of(config):
+        distillation, teacher = distillation_of(stage), teacher_of_stage(config, name)
+        if distillation is None or distillation.hidden_states is None or teacher is None:
+            continue
+        path, layers = f"stages.{name}.distillation.hidden_states.layers", distillation.hidden_states.layers
+        sizes = (model_of_stage(config, name).num_layers, teacher.num_layers)
+        chunks = mesh.pipeline * mesh.virtual_pipeline
+        if not layers:
+            yield Problem(path, "is empty; name pairs STUDENT'S: TEACHER'S, or set hidden_states=null.")
+        for pair in layers.items():
+            wrong = [
+                f"the {who} has layers 0 to {size - 1}"
+                for who, layer, size in zip(("student", "teacher"), pair, sizes, strict=True)
+                if not 0 <= layer < size
+            ]
+            if wrong:
+                yield Problem(path, f"has {pair[0]}: {pair[1]}, and {' and '.join(wrong)}.")
+            elif any(size % chunks for size in sizes):
+                continue  # told by the rules of layouts
+            else:
+                ranks = [rank_of_layer(layer, size, config) for layer, size in zip(pair, sizes, strict=True)]
+                if ranks[0] != ranks[1]:
+                    possible = [
+                        layer for layer in range(sizes[1]) if rank_of_layer(layer, sizes[1], config) == ranks[0]
+                    ]
+                    yield Problem(
+                        path,
+                        f"has {pair[0]}: {pair[1]}; of {mesh.pipeline} pipeline ranks the student's layer is on number "
+                        f"{ranks[0]} and the teacher's on {ranks[1]}, and hidden states do not travel between ranks. "
+                        f"On rank {ranks[0]} are the teacher's layers {', '.join(map(str, possible))}.",
+                    )
+
+
+def rank_of_layer(layer: int, num_layers: int, config: RunConfig) -> int:
+    """Pipeline rank of a layer; chunks of an interleaved pipeline go round."""
+    mesh = config.engine.mesh
+    return layer // (num_layers // (mesh.pipeline * mesh.virtual_pipeline)) % mesh.pipeline
+
+
+def recordings_are_read_by_a_later_stage(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
+    """What a stage writes down is what a later one reads."""
+    for name, stage in stages_of(config):
+        if not isinstance(stage, LogitsStage):
+            continue
+        path, learner = f"stages.{name}.stage", config.stages.get(stage.stage)
+        distillation = distillation_of(learner) if learner is not None else None
+        if stage.stage not in config.order or distillation is None:
+            possible = ", ".join(other for other, each in stages_of(config) if distillation_of(each)) or "none"
+            yield Problem(path, f"'{stage.stage}' is no stage of the order that distils. Possible: {possible}.")
+            continue
+        earlier = ("init", *config.order[: config.order.index(name)])
+        if stage.stage in earlier:
+            yield Problem(path, f"'{stage.stage}' comes before '{name}' in order; what it reads must be written first.")
+        elif distillation.teacher not in earlier:
+            yield Problem(
+                path, f"the teacher of '{stage.stage}', '{distillation.teacher}', is not made before '{name}'."
+            )
+        elif distillation.logits != name:
+            yield Problem(
+                path, f"'{stage.stage}' does not read it. Set stages.{stage.stage}.distillation.logits={name}."
+            )
+
+
+def recordings_exist_and_fit(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
+    """A stage that reads what a teacher said reads the likeliest tokens, of this text, and nothing else of it."""
+    for name, stage in stages_of(config):
+        distillation = distillation_of(stage)
+        if distillation is None or distillation.logits is None:
+            continue
+        path, logits = f"stages.{name}.distillation", distillation.logits
+        if distillation.top_k == 0:
+            yield Problem(f"{path}.top_k", "is 0, and of all logits none are written down. Set it to 64, say.")
+        if distillation.hidden_states is not None:
+            yield Problem(
+                f"{path}.hidden_states",
+                "are not written down with logits. Set it to null, or logits=null to have the teacher in the "
+                "same processes.",
+            )
+        if logits in config.stages:
+            earlier = config.order[: config.order.index(name)]
+            if logits not in earlier or not isinstance(config.stages[logits], LogitsStage):
+                yield Problem(f"{path}.logits", f"'{logits}' is no stage of kind logits that comes before '{name}'.")
+        elif "://" not in logits:
+            yield from _problems_of_recording(config, name, f"{path}.logits", Path(logits))
+
+
+def _problems_of_recording(config: RunConfig, name: str, path: str, folder: Path) -> Iterator[Problem]:
+    if not (folder / MANIFEST_NAME).exists():
+        yield Problem(
+            path,
+            f"{folder} is neither a stage nor a recording (there is no {MANIFEST_NAME}; it is written last). Name a "
+            "stage of kind logits, or the folder that one wrote.",
+        )
+        return
+    try:
+        manifest = StoredLogits.open(str(folder)).manifest
+    except DataError as error:
+        yield Problem(path, str(error))
+        return
+    wrong = differences(manifest.about, about_text(config, name), known_only=True)
+    needed = trainings_of(config)[name].num_steps * trainings_of(config)[name].global_batch
+    if manifest.num_samples < needed:
+        wrong.append(f"it has {manifest.num_samples} samples and {needed} are read")
+    if wrong:
+        yield Problem(path, f"{folder} was recorded of something else: {'; '.join(wrong)}. Record it anew.")
+
+
+def shapes_are_those_of_the_grid(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
+    """Warn where the axes make another shape of a smaller model than the configuration alone would."""
+    mesh = config.engine.mesh
+    alone = models_of(with_mesh(config, replace(mesh, tensor=1, pipeline=1, virtual_pipeline=1)))
+    for name, stage in stages_of(config):
+        if not isinstance(stage, PruneStage | DistillStage) or model_of_stage(config, name) == alone[name]:
+            continue
+        path, grid = ("search", stage.search) if isinstance(stage, PruneStage) else ("student", stage.student)
+        heads = math.lcm(grid.kv_heads_multiple, mesh.tensor)
+        layers = math.lcm(grid.layers_multiple, mesh.pipeline * mesh.virtual_pipeline)
+        yield Problem(
+            f"stages.{name}.{path}",
+            f"the shape is another on these axes than on one rank, which tensor={mesh.tensor} x pipeline="
+            f"{mesh.pipeline} could not share. kv_heads_multiple={heads} layers_multiple={layers} make it the same.",
+        )
+
+
+RULES = (
+    hidden_states_are_on_the_same_ranks,
+    recordings_are_read_by_a_later_stage,
+    recordings_exist_and_fit,
+)
+WARNINGS = (shapes_are_those_of_the_grid,)
