@@ -11,7 +11,7 @@ from ranks import run_ranks, smaller_world
 from tiny import MICRO_BATCH, MODEL, OPTIM, TIED, Layout, batches, train
 
 from conf.schema import ModelConfig
-from parallel import loss
+from parallel import loss, offload
 from parallel.engine import Engine, LossSums, make_engine
 from parallel.initial import InitialWeights
 from parallel.loss import CrossEntropy
@@ -21,6 +21,7 @@ LIMIT_SECONDS = 240.0
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
 NUM_STEPS = 8
 SHARDED = Layout(zero_stage=1, overlap=True)
+OFFLOADED: dict[str, dict[str, Any]] = {"plain": {}, "compiled": {"compile": True}}
 
 
 class Greedy(CrossEntropy):
@@ -45,10 +46,13 @@ def everything() -> dict[str, Any]:
     with smaller_world(1, "alone") as inside:
         if inside:
             groups.enter_mesh(Layout().mesh)
-            found["plain"] = _curve(SHARDED)
-            found["compiled"] = _curve(SHARDED, compile=True)
+            for name, changes in OFFLOADED.items():
+                found[name] = _curve(SHARDED, **changes)
             found["compiled graphs"] = dict(torch._dynamo.utils.counters["stats"])["unique_graphs"]
             found["compiled breaks"] = list(torch._dynamo.utils.counters["graph_break"])
+            offload.SMALLEST_BYTES = 0  # nothing of a tiny model is large
+            for name, changes in OFFLOADED.items():
+                found[f"{name} offloaded"] = _curve(SHARDED, **changes, offload_activations=True)
             for precision in ("bf16", "fp8", "fp8_rowwise"):
                 found[precision] = _curve(SHARDED, precision=precision)
             found["memory"] = _run_out_of_memory()
@@ -95,6 +99,11 @@ def found() -> dict[str, Any]:
 
 def test_compiled_layers_take_the_same_steps(found):
     assert found["compiled"] == pytest.approx(found["plain"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_activations_that_went_to_host_memory_come_back_to_the_last_bit(found, name):
+    assert found[f"{name} offloaded"] == found[name]
 
 
 def test_layers_share_one_whole_graph(found):
