@@ -91,7 +91,7 @@ class _Copies:
 
     def __init__(self) -> None:
         self.device = this_device()
-        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextmanager
     def aside(self) -> Iterator[None]:

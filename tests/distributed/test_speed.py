@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -42,6 +44,14 @@ def everything() -> dict[str, Any]:
     for name, model in (("untied", MODEL), ("tied", TIED)):
         found[f"tensor {name}"] = _curve(layout, model)
         found[f"tensor {name} sliced"] = _sliced(layout, model)
+    # The graphs and not their kernels are looked at here, and making kernels takes longest.
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        for name, split in (("tensor compiled", False), ("sequence compiled", True)):
+            torch._dynamo.utils.counters.clear()
+            found[name] = _curve(replace(layout, sequence_parallel=split, overlap=True), compile=True)
+            found[f"{name} breaks"] = list(torch._dynamo.utils.counters["graph_break"])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     groups.leave_mesh()
     with smaller_world(1, "alone") as inside:
         if inside:
@@ -110,6 +120,12 @@ def test_layers_share_one_whole_graph(found):
     # One for training and one for scoring, each without a break, for all four layers.
     assert found["compiled graphs"] == 2
     assert found["compiled breaks"] == []
+
+
+@pytest.mark.parametrize("name", ["tensor compiled", "sequence compiled"])
+def test_exchanges_between_tensor_ranks_are_within_the_graph_of_a_layer(found, name):
+    assert found[name] == pytest.approx(found["tensor untied"], abs=1e-5)
+    assert found[f"{name} breaks"] == []
 
 
 @pytest.mark.parametrize("name", ["untied", "tied"])
