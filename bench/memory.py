@@ -13,6 +13,7 @@ allocator's.
 from __future__ import annotations
 
 import argparse
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,9 +27,10 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from conf.schema import EngineConfig, MeshConfig, ModelConfig, OptimConfig, TrainingConfig
+from bench.settings import OPTIM, dense_model, engine_of, random_batches
+from conf.schema import EngineConfig, ModelConfig, TrainingConfig
 from data.batch import Batch
-from parallel import attention
+from parallel import attention, offload
 from parallel.distillation import Distillation, FromTeacher
 from parallel.engine import Objective
 from parallel.groups import enter_mesh, leave_mesh
@@ -40,7 +42,7 @@ from parallel.plan.layout import OURS, Layout
 from parallel.plan.memory import WORKSPACE_BYTES, chunks_in_flight, kept_bytes, recomputed_bytes, stage_memory
 from parallel.plan.shapes import Teacher, shape_of
 
-MODEL = ModelConfig(
+MODEL = dense_model(
     name="bench",
     num_layers=8,
     hidden_size=512,
@@ -50,22 +52,6 @@ MODEL = ModelConfig(
     head_dim=32,
     vocab_size=8192,
     max_sequence_length=8192,
-    rope_theta=1e4,
-    norm_epsilon=1e-5,
-    init_std=0.02,
-    tied_embeddings=False,
-)
-OPTIM = OptimConfig(
-    learning_rate=1e-4,
-    final_learning_rate_ratio=0.1,
-    schedule="cosine",
-    warmup_fraction=0.1,
-    decay_fraction=0.0,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=1e-8,
-    weight_decay=0.1,
-    clip_grad_norm=1.0,
 )
 TOKENS = 512
 ON_CPU = {"bf16": 12.0, "fp32": 4.0}
@@ -85,6 +71,7 @@ class Trial:
     micro_batch: int = 1
     micro_batches: int = 1
     recompute: str = "none"
+    offload_activations: bool = False
     precision: str = "bf16"
     zero_stage: Literal[0, 1] = 1
     sequence_parallel: bool = True
@@ -97,6 +84,7 @@ class Trial:
         words += [f"x {self.virtual_pipeline}"] if self.virtual_pipeline > 1 else []
         words += [f"data {self.data}", f"micro {self.micro_batch} x {self.micro_batches}"]
         words += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        words += ["offloaded"] if self.offload_activations else []
         words += [self.precision] if self.precision != "bf16" else []
         words += ["zero_stage 0"] if self.zero_stage == 0 else []
         words += ["no sequence parallel"] if self.tensor > 1 and not self.sequence_parallel else []
@@ -122,21 +110,15 @@ class Trial:
     @property
     def engine(self) -> EngineConfig:
         """As a recipe would say it."""
-        return EngineConfig(
-            backend="megatron",
-            mesh=MeshConfig(
-                tensor=self.tensor,
-                context=self.context,
-                pipeline=self.pipeline,
-                virtual_pipeline=self.virtual_pipeline,
-                data=self.data,
-            ),
-            precision=self.precision,  # type: ignore[arg-type]
+        axes = ("tensor", "context", "pipeline", "virtual_pipeline", "data")
+        return engine_of(
+            mesh={axis: getattr(self, axis) for axis in axes},
+            precision=self.precision,
             sequence_parallel=self.sequence_parallel and self.tensor > 1,
             zero_stage=self.zero_stage,
-            offload_optimizer="none",
             overlap=self.zero_stage > 0,
-            recompute=self.recompute,  # type: ignore[arg-type]
+            recompute=self.recompute,
+            offload_activations=self.offload_activations,
         )
 
     def training(self, tokens: int) -> TrainingConfig:
@@ -174,6 +156,8 @@ TRIALS = (
     Trial(data=4, micro_batch=2, recompute="full"),
     Trial(tensor=2, pipeline=2, data=8, micro_batches=4, recompute="selective"),
     Trial(tensor=4, context=2, pipeline=4, virtual_pipeline=2, data=64, micro_batches=8),
+    Trial(data=4, micro_batch=2, offload_activations=True),
+    Trial(pipeline=2, data=2, micro_batches=4, offload_activations=True),
 )
 TAUGHT = (
     Trial(micro_batches=2, taught="by all"),
@@ -181,7 +165,7 @@ TAUGHT = (
     Trial(tensor=4, data=2, micro_batches=2, taught="by all"),
     Trial(micro_batches=4, precision="fp32", taught="by all"),
 )
-QUICK = (TRIALS[10], replace(TRIALS[-1], data=2))
+QUICK = (TRIALS[10], replace(TRIALS[12], data=2), TRIALS[13])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +176,8 @@ class Bytes:
     gradients: float
     optimizer: float
     saved: float
-    """Most that autograd keeps for the backward pass at once, logits apart."""
+    """Most that autograd keeps for the backward pass at once, logits apart; nan where that is in host memory, and hooks
+    of torch's show what is outside of the layers alone."""
     peak: float
     """Most that all tensors take at once."""
 
@@ -280,16 +265,25 @@ def _mask_outside_modes(rows: int, columns: int) -> Any:
         return causal_lower_right(rows, columns)
 
 
+def _uncounted_host_buffer(device: torch.Tensor) -> torch.Tensor:
+    """On a CPU, host memory for activations would count as the device's."""
+    with _disable_current_modes():  # type: ignore[no-untyped-call]
+        return torch.empty_like(device)
+
+
 @contextmanager
 def rank_of(mesh: Mesh, rank: int, virtual_pipeline: int) -> Iterator[None]:
     """This process as one rank of a mesh of which the others do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world_size)
     enter_mesh(mesh, virtual_pipeline=virtual_pipeline)
+    host_buffer = offload.host_buffer
     attention.causal_lower_right = _mask_outside_modes  # type: ignore[assignment]
+    if not torch.cuda.is_available():
+        offload.host_buffer = _uncounted_host_buffer
     try:
         yield
     finally:
-        attention.causal_lower_right = causal_lower_right
+        attention.causal_lower_right, offload.host_buffer = causal_lower_right, host_buffer
         leave_mesh()
         dist.destroy_process_group()
 
@@ -325,7 +319,7 @@ def _measure(engine: MegatronEngine, lesson: Lesson, trial: Trial, tokens: int, 
     for tensor in parameters:
         torch.nn.init.normal_(tensor, std=0.02)
     saved = Saved({each.untyped_storage()._cdata for each in parameters}, MODEL.vocab_size // trial.tensor)
-    batches = [_batch(trial.micro_batch, tokens) for _ in range(trial.micro_batches)]
+    batches = random_batches(MODEL, count=trial.micro_batches, rows=trial.micro_batch, tokens=tokens)
     on_gpu = torch.cuda.is_available()
     # Neighbours that do not exist send noise, and count no tokens: the engine looks at that when all is computed.
     with live, saved.hooks(), suppress(ValueError, FloatingPointError):
@@ -337,20 +331,8 @@ def _measure(engine: MegatronEngine, lesson: Lesson, trial: Trial, tokens: int, 
             (each.main.nbytes if apart else 0) + sum(moment.nbytes for moment in each.moments.values())
             for each in shards
         ),
-        saved=saved.most,
+        saved=math.nan if trial.offload_activations else saved.most,
         peak=torch.cuda.max_memory_allocated() if on_gpu else live.most,
-    )
-
-
-def _batch(rows: int, tokens: int) -> Batch:
-    random = np.random.default_rng(0)
-    ids = random.integers(MODEL.vocab_size, size=(rows, tokens + 1))
-    return Batch(
-        tokens_BS=ids[:, :-1].copy(),
-        labels_BS=ids[:, 1:].copy(),
-        loss_mask_BS=np.ones((rows, tokens), dtype=np.float32),
-        position_ids_BS=np.broadcast_to(np.arange(tokens), (rows, tokens)).copy(),
-        sample_ids_B=np.arange(rows),
     )
 
 
@@ -399,7 +381,7 @@ def main() -> None:
         for stage in sorted({0, trial.pipeline - 1}):
             errors, peak = errors_of(trial, stage, chosen.tokens)
             for name, error in errors.items():
-                off.setdefault(name, []).append(error)
+                off.setdefault(name, []).extend([] if math.isnan(error) else [error])
             cells = " ".join(f"{error:+6.1f}" for error in errors.values())
             print(f"{trial!s:78} {stage:5d} {cells} {peak / 2**20:10.1f}", flush=True)
     for name, errors in off.items():

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,13 @@ class WatchedLoop(TrainingLoop):
 
     ends: list[float]
     held: list[tuple[int, int]]
+    losses: list[float]
 
     def record_step(self, completed: int, rate: float, result: StepResult, *, seconds: float, length: float) -> None:
         """Write the step down as ever, then look."""
         super().record_step(completed, rate, result, seconds=seconds, length=length)
         self.ends.append(time.perf_counter())
+        self.losses.append(result.loss)
         if completed % WARM_UP_STEPS == 0:
             gc.collect()
             self.held.append((resident_bytes(), len(gc.get_objects())))
@@ -89,13 +91,25 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
-def run(config: RunConfig, num_steps: int, directory: Path) -> tuple[list[float], list[float], list[tuple[int, int]]]:
-    """Train the recipe's first stage for some steps.
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """What was seen of a run.
 
-    Returns:
-        Seconds of each step within the engine; seconds from the end of a step to the end of the next; bytes and Python
-        objects held after every 200 steps.
+    Attributes:
+        inside: seconds of each step within the engine.
+        whole: seconds from the end of a step to the end of the next.
+        held: bytes and Python objects held after every 200 steps.
+        losses: of each step, nats.
     """
+
+    inside: list[float]
+    whole: list[float]
+    held: list[tuple[int, int]]
+    losses: list[float]
+
+
+def run(config: RunConfig, num_steps: int, directory: Path) -> Watched:
+    """Train the recipe's first stage for some steps."""
     name = config.order[0]
     stage = config.stages[name]
     assert isinstance(stage, PretrainStage), "the recipe begins with pretraining"
@@ -123,10 +137,11 @@ def run(config: RunConfig, num_steps: int, directory: Path) -> tuple[list[float]
         name=name, kind=stage.kind, model=config.model, training=training, datasets=datasets, provenance=provenance
     )
     loop = WatchedLoop(context, job, engine, InitialWeights(config.model, config.seed))
-    loop.ends, loop.held = [], []
+    loop.ends, loop.held, loop.losses = [], [], []
     loop.run()
     engine.close()
-    return engine.seconds, [end - start for start, end in zip(loop.ends, loop.ends[1:], strict=False)], loop.held
+    whole = [end - start for start, end in zip(loop.ends, loop.ends[1:], strict=False)]
+    return Watched(inside=engine.seconds, whole=whole, held=loop.held, losses=loop.losses)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,12 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return resolve(load.compose([*given.override, *ONE_RANK, *more]), find_machine())
 
     with tempfile.TemporaryDirectory() as directory:
-        inside, whole, _ = run(composed(), given.steps, Path(directory))
+        seen = run(composed(), given.steps, Path(directory))
+        inside, whole = seen.inside, seen.whole
         shares = [(each - engine) / engine for each, engine in zip(whole[2:], inside[3:], strict=True)]
         print(f"step within the engine, median {1e3 * statistics.median(inside[3:]):.1f} ms")
         print(f"the loop adds, median {100 * statistics.median(shares):.3f} % of a step")
         print(f"the loop adds, all steps together {100 * (sum(whole[2:]) / sum(inside[3:]) - 1):.3f} %")
-        _, _, held = run(composed(*TINY), given.many, Path(directory))
+        held = run(composed(*TINY), given.many, Path(directory)).held
         for (num_bytes, num_objects), number in zip(
             held, range(WARM_UP_STEPS, given.many + 1, WARM_UP_STEPS), strict=True
         ):

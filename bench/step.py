@@ -12,67 +12,33 @@ import argparse
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from bench.kernels import kernel_table
-from conf.schema import EngineConfig, MeshConfig, ModelConfig, OptimConfig
-from data.batch import Batch
+from bench.peers import (
+    BATCHES,
+    DEVICE,
+    DTYPE,
+    ENGINE,
+    NUM_MICRO_BATCHES,
+    ON_GPU,
+    SHAPE,
+    Step,
+    hugging_face,
+    megatron,
+    torchtitan,
+)
+from bench.settings import OPTIM
 from parallel import groups
 from parallel.engine import make_engine
 from parallel.initial import InitialWeights
 from parallel.loss import CrossEntropy
 from parallel.mesh import Mesh
-
-Step = Callable[[], float]
-"""Takes a step and returns its loss."""
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-SHAPE = ModelConfig(
-    name="llama-3-8b-layer",
-    num_layers=8 if ON_GPU else 4,
-    hidden_size=4096 if ON_GPU else 256,
-    ffn_hidden_size=14336 if ON_GPU else 896,
-    num_attention_heads=32 if ON_GPU else 4,
-    num_kv_heads=8 if ON_GPU else 2,
-    head_dim=128 if ON_GPU else 64,
-    vocab_size=32_000 if ON_GPU else 2_048,
-    max_sequence_length=8192 if ON_GPU else 256,
-    rope_theta=500_000.0,
-    norm_epsilon=1e-5,
-    init_std=0.02,
-    tied_embeddings=False,
-)
-OPTIM = OptimConfig(
-    learning_rate=1e-4,
-    final_learning_rate_ratio=0.1,
-    schedule="cosine",
-    warmup_fraction=0.0,
-    decay_fraction=0.0,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=1e-8,
-    weight_decay=0.1,
-    clip_grad_norm=1.0,
-)
-ENGINE = EngineConfig(
-    backend="megatron",
-    mesh=MeshConfig(tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=1, expert=1),
-    precision="bf16" if ON_GPU else "fp32",
-    sequence_parallel=False,
-    zero_stage=0,
-    offload_optimizer="none",
-    overlap=False,
-    recompute="none",
-)
-NUM_MICRO_BATCHES = 8 if ON_GPU else 4
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,163 +56,26 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def batches() -> list[Batch]:
-    """The micro-batches of every step: random tokens, one row each."""
-    rows = np.random.default_rng(0).integers(
-        SHAPE.vocab_size, size=(NUM_MICRO_BATCHES, 1, SHAPE.max_sequence_length + 1)
-    )
-    ones = np.ones((1, SHAPE.max_sequence_length), dtype=np.float32)
-    places = np.arange(SHAPE.max_sequence_length)[None]
-    return [
-        Batch(
-            tokens_BS=row[:, :-1],
-            labels_BS=row[:, 1:],
-            loss_mask_BS=ones,
-            position_ids_BS=places,
-            sample_ids_B=np.zeros(1, dtype=np.int64),
-        )
-        for row in rows
-    ]
-
-
-def on_device() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and labels of the micro-batches, each (1, S)."""
-    return [
-        (torch.from_numpy(batch.tokens_BS).to(DEVICE), torch.from_numpy(batch.labels_BS).to(DEVICE))
-        for batch in batches()
-    ]
-
-
 def ours(**changes: Any) -> Step:
     """Our engine."""
     engine = make_engine(SHAPE, replace(ENGINE, **changes), OPTIM, Mesh(), micro_batch=1)
     engine.load_weights(InitialWeights(SHAPE, 0))
-    given, objective = batches(), CrossEntropy()
+    given, objective = BATCHES, CrossEntropy()
     return lambda: engine.step(given, objective, learning_rate=OPTIM.learning_rate).loss
-
-
-def megatron(*, attention: str, compiled: bool = False) -> Step:
-    """Megatron-core's own loop: its model, wrapper, loss, schedule and optimizer. `attention`: its own, or ours."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from parallel.attention import CausalAttention
-    from parallel.cpu import adapt_megatron, tensors_as_on_cuda
-    from parallel.model import transformer_config
-
-    adapt_megatron()
-    config = replace(transformer_config(SHAPE, ENGINE, Mesh()), perform_initialization=True)
-    config.finalize_model_grads_func = finalize_model_grads
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    if attention == "ours":
-        spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    with tensors_as_on_cuda():
-        model = GPTModel(
-            config,
-            spec,
-            vocab_size=SHAPE.vocab_size,
-            max_sequence_length=SHAPE.max_sequence_length,
-            position_embedding_type="rope",
-            rotary_base=SHAPE.rope_theta,
-            share_embeddings_and_output_weights=False,
-        ).to(DEVICE)
-        if compiled:
-            for layer in model.decoder.layers:
-                layer.forward = torch.compile(layer.forward)
-        wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=OPTIM.learning_rate,
-                weight_decay=OPTIM.weight_decay,
-                bf16=ON_GPU,
-                params_dtype=DTYPE,
-                clip_grad=OPTIM.clip_grad_norm,
-            ),
-            [wrapped],
-            use_gloo_process_groups=False,
-        )
-    schedule, given = get_forward_backward_func(), on_device()
-    length = SHAPE.max_sequence_length
-    positions = torch.arange(length, device=DEVICE)[None]
-    # Its own attention wants the mask written out where it cannot use its fused kernel.
-    mask = None if attention == "ours" else torch.ones(1, 1, length, length, dtype=torch.bool, device=DEVICE).triu(1)
-
-    def forward(iterator: Iterator[Any], chunk: Any) -> Any:
-        tokens, labels = next(iterator)
-        return chunk(tokens, positions, mask, labels=labels), summed
-
-    def summed(losses: torch.Tensor) -> Any:
-        total = losses.sum()
-        return total, torch.tensor(losses.numel(), dtype=torch.int, device=DEVICE), total.detach().clone()
-
-    def step() -> float:
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        losses = schedule(
-            forward_step_func=forward,
-            data_iterator=iter(given),
-            model=[wrapped],
-            num_microbatches=len(given),
-            seq_length=length,
-            micro_batch_size=1,
-            forward_only=False,
-        )
-        with tensors_as_on_cuda():  # it asserts types by name; some 0.1 ms
-            optimizer.step()
-        return (sum(losses) / (len(given) * length)).item()
-
-    return step
-
-
-def hugging_face(*, compiled: bool) -> Step:
-    """LlamaForCausalLM, torch's AdamW on its fused kernel, and a loop."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=SHAPE.vocab_size,
-        hidden_size=SHAPE.hidden_size,
-        intermediate_size=SHAPE.ffn_hidden_size,
-        num_hidden_layers=SHAPE.num_layers,
-        num_attention_heads=SHAPE.num_attention_heads,
-        num_key_value_heads=SHAPE.num_kv_heads,
-        head_dim=SHAPE.head_dim,
-        max_position_embeddings=SHAPE.max_sequence_length,
-        attn_implementation="sdpa",
-    )
-    with DEVICE:
-        model = LlamaForCausalLM(config).to(DTYPE)
-    if compiled:
-        model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIM.learning_rate, weight_decay=0.1, fused=True)
-    given = on_device()
-
-    def step() -> float:
-        optimizer.zero_grad()
-        total = torch.zeros((), device=DEVICE)
-        for tokens, labels in given:
-            logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1).float()
-            loss = torch.nn.functional.cross_entropy(logits, labels.flatten()) / len(given)
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_grad_norm)
-        optimizer.step()
-        return total.item()
-
-    return step
 
 
 def contenders() -> dict[str, Callable[[], Step]]:
     """What is compared on this machine, by name."""
     found: dict[str, Callable[[], Step]] = {
-        "ours": partial(ours, compile=ON_GPU),
+        "ours": partial(ours, compile=True),
+        **({} if ON_GPU else {"ours, not compiled": ours}),
         "megatron-core, our attention": partial(megatron, attention="ours", compiled=ON_GPU),
         "megatron-core as shipped": partial(megatron, attention="its own"),
-        "Hugging Face": partial(hugging_face, compiled=ON_GPU),
+        "Hugging Face": partial(hugging_face, compiled=False),
+        "Hugging Face compiled": partial(hugging_face, compiled=True),
     }
+    if importlib.util.find_spec("torchtitan") is not None:
+        found["torchtitan"] = partial(torchtitan, compiled=True)
     if ON_GPU:
         found["ours fp8"] = partial(ours, compile=True, precision="fp8")
         found["ours fp8_rowwise"] = partial(ours, compile=True, precision="fp8_rowwise")
@@ -320,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ceiling = matmul_ceiling()
     print(f"product of matrices {ceiling / 1e12:.3g} TFLOP/s")
     if importlib.util.find_spec("torchtitan") is None:
-        print("torchtitan: not installed")
+        print("torchtitan: not installed: pip install torchtitan")
     results = (one_after_the_other if ON_GPU else taking_turns)(given.only, given.steps)
     tokens = NUM_MICRO_BATCHES * SHAPE.max_sequence_length
     flops = tokens * SHAPE.train_flops_per_token(SHAPE.max_sequence_length)

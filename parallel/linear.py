@@ -13,10 +13,13 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
 Scaling = Literal["tensorwise", "rowwise"]
+Exchange = Literal["none", "gather", "sum"]
 SCALING: dict[str, Scaling] = {"fp8": "tensorwise", "fp8_rowwise": "rowwise"}
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
 SMALLEST_AMAX = 1e-12
@@ -34,13 +37,8 @@ def use_own_products(chunks: Iterable[Any], scaling: Scaling | None) -> list[Ten
     """
     weights = []
     for module in _linear_layers(chunks):
-        if module.tp_group.size() == 1 or scaling is not None:
-            module._forward_impl = partial(_forward, scaling)
-            weights.append(module.weight)
-        # Over tensor ranks Megatron's own overlaps the exchange with the product; it asks APEX for the epilogue.
-        elif module.weight.dtype == torch.float32 or module.weight.is_cuda:
-            layers.fused_weight_gradient_mlp_cuda = _Epilogue
-            module.gradient_accumulation_fusion = True
+        module._forward_impl = partial(_forward, scaling)
+        weights.append(module.weight)
     return weights
 
 
@@ -61,12 +59,6 @@ def accumulate_product(inputs_MK: Tensor, gradient_MN: Tensor, main_grad_NK: Ten
         main_grad_NK.add_(gradient_MN.t() @ inputs_MK)
 
 
-class _Epilogue:
-    """What Megatron expects of APEX's extension."""
-
-    wgrad_gemm_accum_fp32 = staticmethod(accumulate_product)
-
-
 def _forward(  # noqa: PLR0913 (Megatron calls it with these)
     scaling: Scaling | None,
     input: Tensor,
@@ -80,17 +72,36 @@ def _forward(  # noqa: PLR0913 (Megatron calls it with these)
 ) -> Tensor:
     """Takes the place of Megatron's `linear_with_grad_accumulation_and_async_allreduce`."""
     assert bias is None
-    if sequence_parallel:
-        input = mappings.gather_from_sequence_parallel_region(input, group=tp_group)
-    elif allreduce_dgrad:
-        input = mappings.copy_to_tensor_model_parallel_region(input, group=tp_group)
     main_grad = weight.main_grad if weight.requires_grad else None  # type: ignore[attr-defined]
-    return product(input, weight, main_grad) if scaling is None else fp8_product(input, weight, main_grad, scaling)
+    exchange: Exchange = "gather" if sequence_parallel else "sum" if allreduce_dgrad else "none"
+    if scaling is None:
+        return product(input, weight, main_grad, exchange, tp_group)
+    if exchange == "gather":
+        input = mappings.gather_from_sequence_parallel_region(input, group=tp_group)
+    elif exchange == "sum":
+        input = mappings.copy_to_tensor_model_parallel_region(input, group=tp_group)
+    return fp8_product(input, weight, main_grad, scaling)
 
 
-def product(inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None) -> Tensor:
-    """`inputs @ weight_NK.t()`; its weight gradient is added to `main_grad_NK`, and that of autograd is void."""
-    return cast(Tensor, _Product.apply(inputs, weight_NK, main_grad_NK))  # type: ignore[no-untyped-call]
+def product(
+    inputs: Tensor,
+    weight_NK: Tensor,
+    main_grad_NK: Tensor | None,
+    exchange: Exchange = "none",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """`inputs @ weight_NK.t()`; its weight gradient is added to `main_grad_NK`, and that of autograd is void.
+
+    Args:
+        inputs: (..., K); where they are gathered, this rank's part of the first dim.
+        weight_NK: this rank's columns.
+        main_grad_NK: float32; None where the weight is not trained.
+        exchange: with the other ranks of `group`, which hold other columns: "gather" the inputs along the first dim and
+            scatter their gradient, "sum" the gradient of inputs that all have, or "none".
+        group: tensor ranks.
+    """
+    output = _Product.apply(inputs, weight_NK, main_grad_NK, exchange, group)  # type: ignore[no-untyped-call]
+    return cast(Tensor, output)
 
 
 def fp8_product(inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None, scaling: Scaling) -> Tensor:
@@ -99,19 +110,49 @@ def fp8_product(inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None, 
 
 
 class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight_NK: Tensor, main_grad_NK: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inputs, weight_NK)
-        ctx.main_grad = main_grad_NK  # not saved: it changes between forward and backward, and may
-        return inputs @ weight_NK.t()
+    """Exchanges go on beside the products that do not wait for them, and compiled layers keep them in their graph.
+
+    Gathered inputs are not kept but gathered again.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight_NK: Tensor,
+        main_grad_NK: Tensor | None,
+        exchange: Exchange,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight_NK)
+        ctx.main_grad = main_grad_NK  # not saved: it changes between forward and backward, and may
+        ctx.exchange, ctx.group = exchange, group
+        return _arrived(_gathered(inputs, exchange, group)) @ weight_NK.t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (gradient,) = gradients
         inputs, weight_NK = ctx.saved_tensors
-        _accumulate_product(inputs.flatten(0, -2), gradient.flatten(0, -2), ctx.main_grad)
+        inputs = _gathered(inputs, ctx.exchange, ctx.group)
+        inputs_gradient = gradient @ weight_NK
+        if ctx.exchange == "gather":
+            inputs_gradient = collectives.reduce_scatter_tensor(inputs_gradient, "sum", 0, ctx.group)
+        elif ctx.exchange == "sum":
+            inputs_gradient = collectives.all_reduce(inputs_gradient, "sum", ctx.group)
+        _accumulate_product(_arrived(inputs).flatten(0, -2), gradient.flatten(0, -2), ctx.main_grad)
         # Megatron's hooks want a gradient, and do not read it where `grad_added_to_main_grad` is set.
-        return gradient @ weight_NK, torch.empty_like(weight_NK), None
+        return _arrived(inputs_gradient), torch.empty_like(weight_NK), None, None, None
+
+
+def _gathered(inputs: Tensor, exchange: Exchange, group: Any) -> Tensor:
+    return collectives.all_gather_tensor(inputs, 0, group) if exchange == "gather" else inputs
+
+
+def _arrived(tensor: Tensor) -> Tensor:
+    """What is under way outside of compiled graphs, waited for by the device."""
+    if isinstance(tensor, collectives.AsyncCollectiveTensor):
+        return cast(Tensor, tensor.trigger_wait())  # type: ignore[no-untyped-call]
+    return tensor
 
 
 class _Fp8Product(torch.autograd.Function):

@@ -36,6 +36,7 @@ from parallel.linear import SCALING, use_own_products
 from parallel.memory_errors import naming_memory_errors
 from parallel.mesh import Mesh
 from parallel.model import build_chunks, first_layer_of
+from parallel.offload import offload_activations
 from parallel.optimizer import OptimizerShard, ShardedAdam, families_of
 from parallel.outcome import Outcome, begin_reading, result_of
 from parallel.quantisation import round_inputs
@@ -97,6 +98,8 @@ class MegatronEngine:
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
         else:
+            if engine.offload_activations:
+                offload_activations(self._chunks)
             self._models, self._adams = self._make_trainable(optim)
 
     def _named_boxes(self, model: ModelConfig) -> Iterator[tuple[Tensor, tuple[Box, ...]]]:

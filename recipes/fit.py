@@ -86,6 +86,7 @@ def with_layout(config: RunConfig, name: str, layout: Layout) -> RunConfig:
         sequence_parallel=layout.sequence_parallel,
         zero_stage=_zero_stage(layout),
         recompute=_recompute(layout),
+        offload_activations=layout.offload_activations,
     )
     stage = config.stages[name]
     training = replace(trainings_of(config)[name], micro_batch=layout.micro_batch)
@@ -134,6 +135,7 @@ def overrides_to(config: RunConfig, name: str, layout: Layout) -> str:
         "engine.mesh.expert": (now.expert, then.expert),
         "engine.zero_stage": (_zero_stage(now), _zero_stage(then)),
         "engine.recompute": (_recompute(now), _recompute(then)),
+        "engine.offload_activations": (now.offload_activations, then.offload_activations),
         f"stages.{name}.training.micro_batch": (now.micro_batch, then.micro_batch),
     }
     return " ".join(f"{key}={str(new).lower()}" for key, (old, new) in keys.items() if old != new)
@@ -163,6 +165,7 @@ def task_of(config: RunConfig, name: str, gpu: Gpu) -> Task:
         precisions=(layout.precision,),
         engines=((layout.stack, layout.sharding if layout.sharding != "none" else "zero1"),),
         offload=layout.offload,
+        offload_activations=layout.offload_activations,
         recompute=("none", "mlp", "full"),
     )
 
@@ -221,6 +224,8 @@ def _neighbours(layout: Layout) -> Iterator[Layout]:
     for recompute in recomputes:
         if layout.recompute not in (recompute, "full"):
             yield replace(layout, recompute=recompute)
+    if not layout.offload_activations:
+        yield replace(layout, offload_activations=True)
     for factor in (2, 4, 8):
         data, left = divmod(layout.data, factor)
         if left == 0:

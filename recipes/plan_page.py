@@ -36,6 +36,7 @@ STEP_PARTS = {
     "elementwise": "element-wise work",
     "launch": "launch gaps",
     "node_links": "tensor and context traffic",
+    "host_links": "activations to the host and back",
     "pipeline_links": "pipeline traffic",
     "bubble": "pipeline bubble",
     "data_links": "gradients and weights",

@@ -62,6 +62,7 @@ def _rows(plan: Plan, stage: StagePlan) -> dict[str, str]:
             f"{stage.layout.global_batch:,} x {stage.layout.sequence:,} tokens, "
             f"{stage.layout.micro_batches} micro-batches of {stage.layout.micro_batch}, {stage.layout.precision}, "
             f"recompute {stage.layout.recompute}"
+            + (", activations in host memory" if stage.layout.offload_activations else "")
         ),
         "memory": (
             f"{byte_size(stage.worst.needed)} of {byte_size(plan.gpu.memory_bytes)} "

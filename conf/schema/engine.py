@@ -41,6 +41,9 @@ class EngineConfig(Strict):
     overlap: bool
     """Overlap gradient reduction (and gathering of split weights) with computation."""
     recompute: Literal["none", "selective", "full"]
+    """What of a layer is computed again in the backward pass instead of kept: nothing, the feed-forward layer, all."""
+    offload_activations: bool = False
+    """Keep what layers save for the backward pass in host memory, all but two layers of it."""
     compile: bool = False
     """Compile each layer into few kernels; takes a minute at the start."""
 

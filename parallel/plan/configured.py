@@ -30,4 +30,5 @@ def layout_of(engine: EngineConfig, training: TrainingConfig, *, data: int) -> L
         sequence_parallel=engine.sequence_parallel,
         stack=STACKS[engine.backend],
         offload=engine.offload_optimizer != "none",
+        offload_activations=engine.offload_activations,
     )

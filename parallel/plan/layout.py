@@ -145,6 +145,8 @@ class Layout:
     """The loss never holds all logits (Liger, chunked cross-entropy)."""
     offload: bool = False
     """Optimizer state and master weights live in host memory."""
+    offload_activations: bool = False
+    """What layers keep for the backward pass lives in host memory, but for those at work."""
 
     @property
     def num_gpus(self) -> int:

@@ -31,6 +31,8 @@ kernel. Fused on a GPU it is less."""
 DISTILLED_BYTES = 12
 """Bytes in fp32 that a logit learned from a teacher's takes besides the two: log-probabilities of both and one's
 probability (or, later, a gradient and what the cross-entropy needs). Of a slice, where the head is sliced."""
+LAYERS_ON_DEVICE = 2
+"""Layers whose activations stay where they are offloaded: one computes, and one is copied."""
 TOP_K_BYTES = 10
 """That a kept logit of a teacher takes: bf16, and its id."""
 
@@ -162,8 +164,7 @@ class Kept:
 
 def kept_bytes(shape: Shape, layout: Layout, stage: int) -> Kept:
     """What autograd keeps on one GPU of a stage, logits apart."""
-    per_chunk = layers_of_stage(shape, layout, stage) / layout.virtual_pipeline * saved_bytes(shape, layout)
-    layers = chunks_in_flight(layout, stage) * per_chunk
+    layers = layers_on_device(shape, layout, stage) * saved_bytes(shape, layout)
     if layout.stack.keeps_projection:
         is_last = stage == layout.pipeline - 1
         norm = (1 + layout.stack.extra_saved / 4) / layout.sequence_split
@@ -174,6 +175,16 @@ def kept_bytes(shape: Shape, layout: Layout, stage: int) -> Kept:
         in_flight = min(layout.micro_batches, layout.pipeline)
         layers += in_flight * layout.tokens * shape.hidden * (3 if shape.dropout else 2) / layout.sequence_split
     return Kept(layers, 0.0)
+
+
+def layers_on_device(shape: Shape, layout: Layout, stage: int) -> float:
+    """Of how many layers, over all micro-batches, one GPU of a stage holds activations at once."""
+    in_flight = chunks_in_flight(layout, stage)
+    held = in_flight * layers_of_stage(shape, layout, stage) / layout.virtual_pipeline
+    if not layout.offload_activations:
+        return held
+    # Where other micro-batches are under way, the last ones to go out are there when the first ones come back.
+    return min(held, LAYERS_ON_DEVICE * (1 if in_flight == 1 else 2))
 
 
 def recomputed_bytes(shape: Shape, layout: Layout) -> float:

@@ -32,6 +32,7 @@ class Task:
     precisions: tuple[Precision, ...] = ("bf16",)
     engines: tuple[tuple[Stack, Sharding], ...] = ((MEGATRON, "zero1"),)
     offload: bool = False
+    offload_activations: bool = False
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     recompute: tuple[Recompute, ...] = ("none", "full")
     """Selective recomputation is left out: with fused attention there is nothing of it to recompute in Megatron."""
@@ -152,6 +153,7 @@ _PART_WORDS = {
     "elementwise": "element-wise work",
     "launch": "launch gaps",
     "node_links": "tensor, context and expert traffic",
+    "host_links": "activations to the host and back",
     "pipeline_links": "pipeline traffic",
     "bubble": "pipeline bubble",
     "data_links": "gradient and parameter exchange",
@@ -184,6 +186,7 @@ def _meshes(task: Task) -> Iterator[Layout]:
                         stack=stack,
                         sharding=sharding,
                         offload=task.offload,
+                        offload_activations=task.offload_activations,
                         sequence_parallel=tensor > 1,
                     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from parallel.plan.constants import FITTED, Constants
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import Layout
-from parallel.plan.memory import layers_of_stage, stage_parameters
+from parallel.plan.memory import layers_of_stage, saved_bytes, stage_parameters
 from parallel.plan.shapes import Shape, Teacher
 
 OPTIMIZER_TRAFFIC = 34.0
@@ -45,6 +45,8 @@ class StepTime:
     launch: float
     node_links: float
     """Tensor, context and expert traffic that is not hidden."""
+    host_links: float
+    """Copies of activations to and from host memory that the layers' own work does not hide."""
     pipeline_links: float
     bubble: float
     data_links: float
@@ -65,6 +67,7 @@ class StepTime:
             + self.elementwise
             + self.launch
             + self.node_links
+            + self.host_links
             + self.pipeline_links
             + self.bubble
             + self.data_links
@@ -95,11 +98,12 @@ class Work:
     elementwise: float = 0.0
     launch: float = 0.0
     node_links: float = 0.0
+    host_links: float = 0.0
 
     @property
     def seconds(self) -> float:
         """All of it."""
-        return self.matmul + self.attention + self.elementwise + self.launch + self.node_links
+        return self.matmul + self.attention + self.elementwise + self.launch + self.node_links + self.host_links
 
     def times(self, factor: float) -> Work:
         """This much of it."""
@@ -109,6 +113,7 @@ class Work:
             self.elementwise * factor,
             self.launch * factor,
             self.node_links * factor,
+            self.host_links * factor,
         )
 
     def plus(self, other: Work) -> Work:
@@ -119,6 +124,7 @@ class Work:
             self.elementwise + other.elementwise,
             self.launch + other.launch,
             self.node_links + other.node_links,
+            self.host_links + other.host_links,
         )
 
 
@@ -156,6 +162,7 @@ def step_time(
         elementwise=steady.elementwise,
         launch=steady.launch,
         node_links=steady.node_links,
+        host_links=steady.host_links,
         pipeline_links=_pipeline_seconds(shape, layout, gpu, constants),
         bubble=bubble,
         data_links=_data_seconds(shape, layout, gpu, constants, slowest.seconds),
@@ -176,13 +183,21 @@ def _teacher_seconds(teacher: Teacher, layout: Layout, gpu: Gpu, constants: Cons
 def layer_work(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants) -> Work:
     """One layer, one micro-batch, forward and backward, recomputation included."""
     fraction = _recomputed_forwards(shape, layout)
-    return Work(
+    work = Work(
         matmul=_layer_matmul_seconds(shape, layout, gpu, constants, fraction.matmul),
         attention=_attention_seconds(shape, layout, gpu, constants, fraction.attention),
         elementwise=_layer_elementwise_seconds(shape, layout, gpu, constants, fraction.elementwise),
         launch=constants.layer_seconds * (1 + fraction.elementwise / 3),
         node_links=_node_seconds(shape, layout, gpu, constants, fraction.links),
     )
+    return replace(work, host_links=_host_seconds(shape, layout, work.seconds)) if layout.offload_activations else work
+
+
+def _host_seconds(shape: Shape, layout: Layout, layer_seconds: float) -> float:
+    """What copying a layer's activations out and in again takes beyond the passes it goes on beside."""
+    copy = saved_bytes(shape, layout) / PCIE_BANDWIDTH
+    forward = FORWARD_SHARE * layer_seconds
+    return max(0.0, copy - forward) + max(0.0, copy - (layer_seconds - forward))
 
 
 @dataclass(frozen=True, slots=True)

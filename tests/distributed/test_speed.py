@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from ranks import run_ranks, smaller_world
 from tiny import MICRO_BATCH, MODEL, OPTIM, TIED, Layout, batches, train
 
 from conf.schema import ModelConfig
-from parallel import loss
+from parallel import loss, offload
 from parallel.engine import Engine, LossSums, make_engine
 from parallel.initial import InitialWeights
 from parallel.loss import CrossEntropy
@@ -21,6 +23,7 @@ LIMIT_SECONDS = 240.0
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
 NUM_STEPS = 8
 SHARDED = Layout(zero_stage=1, overlap=True)
+OFFLOADED: dict[str, dict[str, Any]] = {"plain": {}, "compiled": {"compile": True}}
 
 
 class Greedy(CrossEntropy):
@@ -41,14 +44,25 @@ def everything() -> dict[str, Any]:
     for name, model in (("untied", MODEL), ("tied", TIED)):
         found[f"tensor {name}"] = _curve(layout, model)
         found[f"tensor {name} sliced"] = _sliced(layout, model)
+    # The graphs and not their kernels are looked at here, and making kernels takes longest.
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        for name, split in (("tensor compiled", False), ("sequence compiled", True)):
+            torch._dynamo.utils.counters.clear()
+            found[name] = _curve(replace(layout, sequence_parallel=split, overlap=True), compile=True)
+            found[f"{name} breaks"] = list(torch._dynamo.utils.counters["graph_break"])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     groups.leave_mesh()
     with smaller_world(1, "alone") as inside:
         if inside:
             groups.enter_mesh(Layout().mesh)
-            found["plain"] = _curve(SHARDED)
-            found["compiled"] = _curve(SHARDED, compile=True)
+            for name, changes in OFFLOADED.items():
+                found[name] = _curve(SHARDED, **changes)
             found["compiled graphs"] = dict(torch._dynamo.utils.counters["stats"])["unique_graphs"]
             found["compiled breaks"] = list(torch._dynamo.utils.counters["graph_break"])
+            offload.SMALLEST_BYTES = 0  # nothing of a tiny model is large
+            for name, changes in OFFLOADED.items():
+                found[f"{name} offloaded"] = _curve(SHARDED, **changes, offload_activations=True)
             for precision in ("bf16", "fp8", "fp8_rowwise"):
                 found[precision] = _curve(SHARDED, precision=precision)
             found["memory"] = _run_out_of_memory()
@@ -97,10 +111,21 @@ def test_compiled_layers_take_the_same_steps(found):
     assert found["compiled"] == pytest.approx(found["plain"], abs=1e-5)
 
 
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_activations_that_went_to_host_memory_come_back_to_the_last_bit(found, name):
+    assert found[f"{name} offloaded"] == found[name]
+
+
 def test_layers_share_one_whole_graph(found):
     # One for training and one for scoring, each without a break, for all four layers.
     assert found["compiled graphs"] == 2
     assert found["compiled breaks"] == []
+
+
+@pytest.mark.parametrize("name", ["tensor compiled", "sequence compiled"])
+def test_exchanges_between_tensor_ranks_are_within_the_graph_of_a_layer(found, name):
+    assert found[name] == pytest.approx(found["tensor untied"], abs=1e-5)
+    assert found[f"{name} breaks"] == []
 
 
 @pytest.mark.parametrize("name", ["untied", "tied"])

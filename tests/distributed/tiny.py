@@ -68,6 +68,7 @@ class Layout:
     overlap: bool = False
     precision: str = "fp32"
     recompute: str = "none"
+    offload_activations: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -92,6 +93,7 @@ class Layout:
             offload_optimizer=self.offload_optimizer,  # type: ignore[arg-type]
             overlap=self.overlap,
             recompute=self.recompute,  # type: ignore[arg-type]
+            offload_activations=self.offload_activations,
         )
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import EngineConfig, MeshConfig, ModelConfig, OptimConfig
+from bench.settings import OPTIM, dense_model, engine_of, random_batches
+from conf.schema import EngineConfig
 from data.batch import Batch, positions_in_documents
 from parallel.mesh import Mesh
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-MODEL = ModelConfig(
+MODEL = dense_model(
     name="small",
     num_layers=2,
     hidden_size=256,
@@ -27,50 +28,17 @@ MODEL = ModelConfig(
     head_dim=64,
     vocab_size=512,
     max_sequence_length=256,
-    rope_theta=10_000.0,
-    norm_epsilon=1e-5,
-    init_std=0.02,
-    tied_embeddings=False,
-)
-OPTIM = OptimConfig(
-    learning_rate=1e-3,
-    final_learning_rate_ratio=0.1,
-    schedule="cosine",
-    warmup_fraction=0.0,
-    decay_fraction=0.0,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=1e-8,
-    weight_decay=0.1,
-    clip_grad_norm=1.0,
 )
 MESH = Mesh()
 
 
 def engine_config(precision: str, **changes: object) -> EngineConfig:
-    settings = {
-        "backend": "megatron",
-        "mesh": MeshConfig(tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=1, expert=1),
-        "precision": precision,
-        "sequence_parallel": False,
-        "zero_stage": 1,
-        "offload_optimizer": "none",
-        "overlap": True,
-        "recompute": "none",
-    }
-    return EngineConfig(**(settings | changes))  # type: ignore[arg-type]
+    return engine_of(**({"precision": precision, "zero_stage": 1, "overlap": True} | changes))
 
 
 def batch() -> Batch:
-    random = np.random.default_rng(0)
-    rows = random.integers(MODEL.vocab_size, size=(2, 257))
-    return Batch(
-        tokens_BS=rows[:, :-1],
-        labels_BS=rows[:, 1:],
-        loss_mask_BS=np.ones((2, 256), dtype=np.float32),
-        position_ids_BS=np.tile(np.arange(256), (2, 1)),
-        sample_ids_B=np.arange(2),
-    )
+    (one,) = random_batches(MODEL, count=1, rows=2, tokens=256)
+    return one
 
 
 @pytest.fixture(scope="module", autouse=True)

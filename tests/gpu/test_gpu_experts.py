@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from test_gpu_engine import MESH, MODEL, OPTIM, batch, engine_config
+from test_gpu_engine import MESH, MODEL, batch, engine_config
 
+from bench.settings import OPTIM
 from conf.schema import ExpertsConfig
 from parallel.experts import grouped_linear, has_grouped_kernel
 

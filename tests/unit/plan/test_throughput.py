@@ -10,8 +10,8 @@ from plan_samples import BUSY, LLAMA_8B, LLAMA_70B, MIXTRAL
 from conf.load import compose
 from conf.schema import ModelConfig
 from parallel.plan.hardware import GPUS
-from parallel.plan.layout import DEEPSPEED, TORCHTITAN, Layout
-from parallel.plan.memory import stage_memory
+from parallel.plan.layout import DEEPSPEED, OURS, TORCHTITAN, Layout
+from parallel.plan.memory import layers_on_device, stage_memory
 from parallel.plan.shapes import Shape, Teacher, public_model, shape_of
 from parallel.plan.throughput import StepTime, step_time
 
@@ -83,6 +83,25 @@ def test_optimizer_in_host_memory_is_slow_and_takes_none_of_the_gpu():
     away = replace(layout, offload=True)
     assert step_time(LLAMA_8B, away, H100).optimizer > 5 * step_time(LLAMA_8B, layout, H100).optimizer
     assert stage_memory(LLAMA_8B, away, 0).optimizer == 0
+
+
+def test_activations_in_host_memory_cost_what_the_layers_do_not_hide():
+    layout = Layout(data=8, global_batch=64, sequence=65536, stack=OURS)
+    for recompute, is_hidden in (("none", False), ("full", True)):
+        here = replace(layout, recompute=recompute)
+        away = replace(here, offload_activations=True)
+        before, after = step_time(LLAMA_8B, here, H100), step_time(LLAMA_8B, away, H100)
+        # Inputs of layers are copied while they compute; all that layers save is too much for the link.
+        assert (after.host_links == 0) == is_hidden
+        assert after.seconds == pytest.approx(before.seconds + after.host_links)
+        held = [stage_memory(LLAMA_8B, each, 0).activations for each in (here, away)]
+        assert held[1] < held[0] / 5
+
+
+def test_offloaded_activations_are_of_two_layers_or_of_four_under_a_pipeline():
+    layout = Layout(pipeline=4, data=8, global_batch=64, offload_activations=True, stack=OURS)
+    assert [layers_on_device(LLAMA_8B, layout, stage) for stage in range(4)] == [4, 4, 4, 2]
+    assert layers_on_device(replace(LLAMA_8B, layers=1), replace(layout, pipeline=1), 0) == 1
 
 
 def test_bubble_shrinks_with_interleaving_and_weighs_less_with_more_micro_batches():
