@@ -257,7 +257,7 @@ class Root:
             DataError: it cannot be read, or its numbers do not add up.
         """
         table = _table(content, ROOT_SCHEMA, name)
-        sums = {field: table.column(field).to_numpy() for field in ROOT_SCHEMA.names[:5]}
+        sums = {field: numbers(table.column(field)) for field in ROOT_SCHEMA.names[:5]}
         if any(int(column.min(initial=1)) < (field != "num_documents") for field, column in sums.items()):
             raise DataError(f"{name}: a part with a number that cannot be (negative or 0). Prepare the dataset anew.")
         self.totals = Totals(**{field: int(sums[field].sum()) for field in Totals.__dataclass_fields__})
@@ -305,14 +305,14 @@ class Part:
             )
         table = _table(content, PART_SCHEMA, name)
         self._table = table
-        self.num_tokens = table.column("num_tokens").to_numpy()
-        self.num_bytes = table.column("num_bytes").to_numpy()
-        documents = table.column("num_documents").to_numpy()
+        self.num_tokens = numbers(table.column("num_tokens"))
+        self.num_bytes = numbers(table.column("num_bytes"))
+        documents = numbers(table.column("num_documents"))
         self.first_document: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(documents)])
         starts, hashes = table.column("block_starts").chunk(0), table.column("block_hashes").chunk(0)
-        self._start_offsets = starts.offsets.to_numpy()
-        self._starts = starts.values.to_numpy()
-        self._hash_offsets = hashes.offsets.to_numpy()
+        self._start_offsets = numbers(starts.offsets)
+        self._starts = numbers(starts.values)
+        self._hash_offsets = numbers(hashes.offsets)
         self._hashes = hashes.values
         self._check(split, root.sums(number), documents, name)
 
@@ -370,9 +370,35 @@ def _check_path(path: str, split: Split, name: str) -> None:
         raise DataError(f"{name}: shard path '{path}' is not of the form {split}/shards/NAME.arrow.")
 
 
+def read_table(content: bytes) -> pa.Table:
+    """The inverse of `table_bytes`.
+
+    Raises:
+        pyarrow.ArrowException, OSError: it is not parquet.
+    """
+    # Not pq.read_table, which imports pyarrow.dataset and with it pandas, where there is one: a second of start-up.
+    return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+
+
+def numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+    """The values of an integer column without gaps; read-only, not copied where they lie in one piece."""
+    # Not to_numpy, which imports pandas where there is one: a quarter of a second of CPU in every process.
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    dtype = np.dtype(f"{'i' if pa.types.is_signed_integer(array.type) else 'u'}{array.type.bit_width // 8}")
+    if not len(array):
+        return np.empty(0, dtype)
+    values = np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+    values.flags.writeable = False
+    return values
+
+
 def _table(content: bytes, schema: pa.Schema, name: str) -> pa.Table:
     try:
-        table = pq.read_table(pa.BufferReader(content), use_threads=False).select(schema.names).cast(schema)
+        table = read_table(content).select(schema.names)
+        # To cast is to import all of pyarrow.compute.
+        table = table if table.schema.equals(schema) else table.cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{name}: not an index ({error}). Copy the dataset again or prepare it anew.") from error
+    if any(column.null_count for column in table.columns):
+        raise DataError(f"{name}: an index with values missing. Copy the dataset again or prepare it anew.")
     return table.combine_chunks()

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from conf.errors import DataError
 from conf.schema import StorageConfig
@@ -29,7 +28,9 @@ from data.index import (
     Split,
     documents_name,
     identity_of,
+    numbers,
     part_name,
+    read_table,
     root_name,
 )
 from data.storage import MissingObjectError, Store
@@ -285,7 +286,7 @@ class Dataset:
         content = bytes(self.store.read(name))
         if hashlib.sha256(content).digest() != entry.documents_sha256:
             raise DataError(f"{self.store.name_of(name)}: another sha256 than the index says. Copy it again.")
-        return pq.read_table(pa.BufferReader(content))
+        return read_table(content)
 
     def part(self, split: Split, number: int) -> Part:
         """A part of the index.
@@ -359,7 +360,9 @@ class Dataset:
         name = self.store.name_of(ref.path)
         try:
             batch = pa.ipc.read_record_batch(pa.py_buffer(content), self._schema)
-            tokens: Tokens = batch.column(0).to_numpy(zero_copy_only=True)
+            if batch.column(0).null_count:
+                raise ValueError("a token is missing")
+            tokens: Tokens = numbers(batch.column(0))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
         left = self.num_tokens(split) - number * self.manifest.block_tokens

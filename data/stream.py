@@ -291,9 +291,8 @@ class Stream:
 
     def _gathered(self, sources: Indices, first_tokens: Indices) -> Tokens:
         length = self.spec.sequence_length + 1
-        dtype = max((source.dataset.manifest.token_type.to_pandas_dtype() for source in self._sources),
-                    key=lambda kind: np.dtype(kind).itemsize)  # fmt: skip
-        windows: Tokens = np.empty((len(sources), length), dtype)
+        token_bytes = max(source.dataset.manifest.token_type.bit_width // 8 for source in self._sources)
+        windows: Tokens = np.empty((len(sources), length), f"u{token_bytes}")
         held: dict[tuple[int, int], Tokens] = {}
         for row, (number, first) in enumerate(zip(sources.tolist(), first_tokens.tolist(), strict=True)):
             dataset = self._sources[number].dataset
