@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from conf.errors import DataError
 from data.storage import relative_parts
+from data.tables import numbers, read_table
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
@@ -368,28 +369,6 @@ def _check_path(path: str, split: Split, name: str) -> None:
         raise DataError(f"{name}: shard path '{path}' is not a plain path, or leaves the dataset.") from None
     if parts[:2] != [split, "shards"] or len(parts) != 3 or not path.endswith(".arrow"):
         raise DataError(f"{name}: shard path '{path}' is not of the form {split}/shards/NAME.arrow.")
-
-
-def read_table(content: bytes) -> pa.Table:
-    """The inverse of `table_bytes`.
-
-    Raises:
-        pyarrow.ArrowException, OSError: it is not parquet.
-    """
-    # Not pq.read_table, which imports pyarrow.dataset and with it pandas, where there is one: a second of start-up.
-    return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-
-
-def numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
-    """The values of an integer column without gaps; read-only, not copied where they lie in one piece."""
-    # Not to_numpy, which imports pandas where there is one: a quarter of a second of CPU in every process.
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    dtype = np.dtype(f"{'i' if pa.types.is_signed_integer(array.type) else 'u'}{array.type.bit_width // 8}")
-    if not len(array):
-        return np.empty(0, dtype)
-    values = np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
-    values.flags.writeable = False
-    return values
 
 
 def _table(content: bytes, schema: pa.Schema, name: str) -> pa.Table:
