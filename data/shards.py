@@ -42,6 +42,10 @@ NUM_READERS = 8
 NUM_PARTS = 24
 """Parts of the index kept in memory; more than a shuffle draws from at a time."""
 
+DECODING = pa.ipc.IpcReadOptions(use_threads=False)
+"""In the thread that reads, into memory of the system's allocator: Arrow's own gives freed blocks back to the system
+and takes huge pages for the next, whose zeroing costs more than decoding; most so when blocks are read now and then."""
+
 Tokens = npt.NDArray[np.uint16 | np.uint32]
 
 
@@ -98,6 +102,7 @@ class Dataset:
         self._roots = roots
         self._parts: OrderedDict[tuple[Split, int], Part] = OrderedDict()
         self._schema = pa.schema([pa.field("tokens", manifest.token_type, nullable=False)])
+        self._schema_message = self._schema.serialize().to_pybytes()
         self._block_bytes: int = (manifest.block_tokens + 1) * self._schema.field(0).type.bit_width // 8
         self._cache_bytes = access.cache_bytes
         self._blocks: OrderedDict[tuple[Split, int], Future[Tokens]] = OrderedDict()
@@ -191,9 +196,12 @@ class Dataset:
         """
         key = (split, number)
         while True:
-            self.expect(split, [number])
             with self._lock:
-                future = self._blocks.get(key) or self._pool.submit(self._decoded, split, number)
+                future = self._blocks.get(key)
+                if future is None:
+                    future = self._begin(key)
+                else:
+                    self._blocks.move_to_end(key)
             try:
                 return future.result()
             except BaseException as error:
@@ -206,16 +214,12 @@ class Dataset:
 
     def expect(self, split: Split, numbers: Iterable[int]) -> None:
         """Begin to read blocks that will be asked for; what was asked for longest ago is dropped for them."""
-        most = max(2, self._cache_bytes // self._block_bytes)
         with self._lock:
             for number in numbers:
-                key = (split, number)
-                if key in self._blocks:
-                    self._blocks.move_to_end(key)
-                    continue
-                self._blocks[key] = self._pool.submit(self._decoded, split, number)
-                if len(self._blocks) > most:
-                    self._blocks.popitem(last=False)[1].cancel()
+                if (split, number) in self._blocks:
+                    self._blocks.move_to_end((split, number))
+                else:
+                    self._begin((split, number))
 
     def tokens(self, split: Split, start: int, count: int) -> Tokens:
         """Tokens [start, start + count) of a split's documents one after another.
@@ -336,6 +340,13 @@ class Dataset:
         self.give_up()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def _begin(self, key: tuple[Split, int]) -> Future[Tokens]:
+        """Begin to read a block; called under the lock."""
+        future = self._blocks[key] = self._pool.submit(self._decoded, *key)
+        if len(self._blocks) > max(2, self._cache_bytes // self._block_bytes):
+            self._blocks.popitem(last=False)[1].cancel()
+        return future
+
     def _thaw(self, archive: Archive, path: str) -> None:
         with self._lock:
             given_up = self._given_up
@@ -355,11 +366,13 @@ class Dataset:
         content = self.reader.read(ref)
         name = self.store.name_of(ref.path)
         try:
-            batch = pa.ipc.read_record_batch(pa.py_buffer(content), self._schema)
-            if batch.column(0).null_count:
+            stream = pa.py_buffer(b"".join([self._schema_message, content]))
+            reader = pa.ipc.open_stream(stream, options=DECODING, memory_pool=pa.system_memory_pool())
+            column = reader.read_next_batch().column(0)
+            if column.null_count:
                 raise ValueError("a token is missing")
-            tokens: Tokens = numbers(batch.column(0))
-        except (pa.ArrowException, OSError, ValueError) as error:
+            tokens: Tokens = numbers(column)
+        except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
             raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
         left = self.num_tokens(split) - number * self.manifest.block_tokens
         wanted = min(left, self.manifest.block_tokens + 1)
