@@ -6,8 +6,6 @@ import functools
 import re
 import sys
 import threading
-import time
-from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -29,16 +27,26 @@ class Archive:
         storage: how the storage is spoken to.
         retrieval: Bulk is cheapest, Standard faster.
         days: that a restored copy is kept.
+        poll_seconds: how often `wait` looks.
     """
 
-    def __init__(self, location: str, storage: StorageConfig, *, retrieval: Retrieval = "Bulk", days: int = 7) -> None:
+    def __init__(
+        self,
+        location: str,
+        storage: StorageConfig,
+        *,
+        retrieval: Retrieval = "Bulk",
+        days: int = 7,
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
         self._location = location.rstrip("/")
         parts = urlsplit(self._location)
         self._bucket, self._folder = parts.netloc, parts.path.strip("/")
         self._storage = storage
         self._retrieval = retrieval
         self._days = days
-        self._said: set[str] = set()
+        self._poll_seconds = poll_seconds
+        self._asked: set[str] = set()
         self._lock = threading.Lock()
 
     def archived(self, folder: str) -> set[str]:
@@ -96,31 +104,38 @@ class Archive:
                 ) from error
             raise DataError(f"{self._location}/{name}: cannot be restored ({error}).") from error
 
-    def wait(
-        self,
-        name: str,
-        *,
-        poll_seconds: float = POLL_SECONDS,
-        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
-    ) -> None:
-        """Ask for an object and return when it can be read, however long that takes.
+    def ask(self, name: str) -> None:
+        """Ask for an object that was met archived, unless this was done before; returns at once.
 
         Raises:
             DataError: restoring is not allowed, or the storage refuses.
         """
+        with self._lock:
+            if name in self._asked:
+                return
+            self._asked.add(name)
         if self.state(name) == "archived":
             self.request(name)
-        started = time.monotonic()
-        waits_first = False
-        while self.state(name) != "readable":
-            with self._lock:
-                if name not in self._said:
-                    self._said.add(name)
-                    waits_first = True
-                    say(f"{self._location}/{name} is being restored ({self._retrieval}, hours); training waits for it.")
-            time.sleep(poll_seconds)
-        if waits_first:
-            say(f"{self._location}/{name} is there after {time.monotonic() - started:.0f} s; training goes on.")
+            print(f"{self._location}/{name} is archived and was asked for ({self._retrieval})", file=sys.stderr)
+
+    def wait(self, name: str, given_up: threading.Event) -> bool:
+        """Ask for an object and return when it can be read, however long that takes, or when it is given up.
+
+        Returns:
+            Whether it can be read.
+
+        Raises:
+            DataError: restoring is not allowed, or the storage refuses.
+        """
+        while True:
+            match self.state(name):
+                case "readable":
+                    return True
+                case "archived":
+                    # Never asked for, or the restored copy has ended since.
+                    self.request(name)
+            if given_up.wait(self._poll_seconds):
+                return False
 
     @functools.cached_property
     def _client(self) -> Any:

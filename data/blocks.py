@@ -17,7 +17,7 @@ REREADS = 4
 """A block that arrives damaged is read again this often before its shard is called corrupt."""
 
 OnArchived = Callable[[str], None]
-"""Called with the name of an archived shard; returns when it can be read."""
+"""Told the name of an archived shard that was met; returns at once."""
 
 
 class BlockReader:
@@ -38,6 +38,7 @@ class BlockReader:
         """The bytes of a block.
 
         Raises:
+            ArchivedObjectError: its shard must be restored first.
             DataError: it cannot be read, or is damaged where it is stored; names the shard.
         """
         key = block.digest.hex()
@@ -82,10 +83,9 @@ class BlockReader:
             try:
                 content = self._store.read(block.path, block.start, block.num_bytes)
             except ArchivedObjectError:
-                if self._on_archived is None:
-                    raise
-                self._on_archived(block.path)
-                continue
+                if self._on_archived is not None:
+                    self._on_archived(block.path)
+                raise
             if _is_intact(content, block):
                 return content
             self.num_damaged += 1

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from conf.errors import DataError
 from data.storage import relative_parts
+from data.tables import numbers, read_table
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
@@ -257,7 +258,7 @@ class Root:
             DataError: it cannot be read, or its numbers do not add up.
         """
         table = _table(content, ROOT_SCHEMA, name)
-        sums = {field: table.column(field).to_numpy() for field in ROOT_SCHEMA.names[:5]}
+        sums = {field: numbers(table.column(field)) for field in ROOT_SCHEMA.names[:5]}
         if any(int(column.min(initial=1)) < (field != "num_documents") for field, column in sums.items()):
             raise DataError(f"{name}: a part with a number that cannot be (negative or 0). Prepare the dataset anew.")
         self.totals = Totals(**{field: int(sums[field].sum()) for field in Totals.__dataclass_fields__})
@@ -305,14 +306,14 @@ class Part:
             )
         table = _table(content, PART_SCHEMA, name)
         self._table = table
-        self.num_tokens = table.column("num_tokens").to_numpy()
-        self.num_bytes = table.column("num_bytes").to_numpy()
-        documents = table.column("num_documents").to_numpy()
+        self.num_tokens = numbers(table.column("num_tokens"))
+        self.num_bytes = numbers(table.column("num_bytes"))
+        documents = numbers(table.column("num_documents"))
         self.first_document: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(documents)])
         starts, hashes = table.column("block_starts").chunk(0), table.column("block_hashes").chunk(0)
-        self._start_offsets = starts.offsets.to_numpy()
-        self._starts = starts.values.to_numpy()
-        self._hash_offsets = hashes.offsets.to_numpy()
+        self._start_offsets = numbers(starts.offsets)
+        self._starts = numbers(starts.values)
+        self._hash_offsets = numbers(hashes.offsets)
         self._hashes = hashes.values
         self._check(split, root.sums(number), documents, name)
 
@@ -372,7 +373,11 @@ def _check_path(path: str, split: Split, name: str) -> None:
 
 def _table(content: bytes, schema: pa.Schema, name: str) -> pa.Table:
     try:
-        table = pq.read_table(pa.BufferReader(content), use_threads=False).select(schema.names).cast(schema)
+        table = read_table(content).select(schema.names)
+        # To cast is to import all of pyarrow.compute.
+        table = table if table.schema.equals(schema) else table.cast(schema)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{name}: not an index ({error}). Copy the dataset again or prepare it anew.") from error
+    if any(column.null_count for column in table.columns):
+        raise DataError(f"{name}: an index with values missing. Copy the dataset again or prepare it anew.")
     return table.combine_chunks()

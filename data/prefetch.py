@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+INTERRUPT_SECONDS = 0.2
 
 
 class Prefetch(Generic[T]):
@@ -18,18 +19,22 @@ class Prefetch(Generic[T]):
     is raised where its result would have come. Use it in a `with` block, or call `close`.
     """
 
-    def __init__(self, make: Callable[[int], T], steps: range, *, depth: int) -> None:
+    def __init__(
+        self, make: Callable[[int], T], steps: range, *, depth: int, interrupt: Callable[[], None] = lambda: None
+    ) -> None:
         """Start the thread.
 
         Args:
             make: what to do for a step; called from one thread, in order.
             steps: the steps, in order.
             depth: results to be ahead by, at least 1.
+            interrupt: called when it is closed; lets a `make` that may wait long return or raise.
         """
         assert depth >= 1, depth
         self._make = make
         self._steps = steps
         self._depth = depth
+        self._interrupt = interrupt
         self._ready: deque[T | BaseException] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -65,7 +70,10 @@ class Prefetch(Generic[T]):
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
-        self._thread.join()
+        while self._thread.is_alive():
+            # More than once: it may have been about to wait.
+            self._interrupt()
+            self._thread.join(INTERRUPT_SECONDS)
 
     def _run(self) -> None:
         for step in self._steps:

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from conf.errors import DataError
 from conf.schema import StorageConfig
-from data.blocks import BlockReader, OnArchived
+from data.archive import Archive
+from data.blocks import BlockReader
 from data.index import (
     MANIFEST_NAME,
     PART_SHARDS,
@@ -32,13 +32,19 @@ from data.index import (
     part_name,
     root_name,
 )
-from data.storage import MissingObjectError, Store
+from data.storage import ArchivedObjectError, MissingObjectError, Store
+from data.stored import check_stored
+from data.tables import numbers, read_table
 from data.tiers import Tier
 
 CACHE_BYTES = 256 << 20
 NUM_READERS = 8
 NUM_PARTS = 24
 """Parts of the index kept in memory; more than a shuffle draws from at a time."""
+
+DECODING = pa.ipc.IpcReadOptions(use_threads=False)
+"""In the thread that reads, into memory of the system's allocator: Arrow's own gives freed blocks back to the system
+and takes huge pages for the next, whose zeroing costs more than decoding; most so when blocks are read now and then."""
 
 Tokens = npt.NDArray[np.uint16 | np.uint32]
 
@@ -66,13 +72,13 @@ class Access:
         storage: how its storage is spoken to.
         tiers: caches on the way, fastest first.
         cache_bytes: decoded blocks kept in memory.
-        on_archived: waits until an archived shard can be read; None: reading one is an error.
+        archive: asked for archived shards, which are then waited for; None: reading one is an error.
     """
 
     storage: StorageConfig | None = None
     tiers: Sequence[Tier] = ()
     cache_bytes: int = CACHE_BYTES
-    on_archived: OnArchived | None = None
+    archive: Archive | None = None
 
 
 class Dataset:
@@ -82,15 +88,21 @@ class Dataset:
         manifest: what `dataset.json` says.
         store: where it is.
         reader: its blocks, with what each tier did.
+        archive: where its archived shards are asked for, if anywhere.
+        waits_for: full name of the archived shard that a reader waits for at the moment.
     """
 
     def __init__(self, store: Store, manifest: Manifest, roots: dict[Split, Root], access: Access) -> None:
         self.manifest = manifest
         self.store = store
-        self.reader = BlockReader(store, access.tiers, access.on_archived)
+        self.reader = BlockReader(store, access.tiers, access.archive.ask if access.archive else None)
+        self.waits_for: str | None = None
+        self.archive = access.archive
+        self._given_up = threading.Event()
         self._roots = roots
         self._parts: OrderedDict[tuple[Split, int], Part] = OrderedDict()
         self._schema = pa.schema([pa.field("tokens", manifest.token_type, nullable=False)])
+        self._schema_message = self._schema.serialize().to_pybytes()
         self._block_bytes: int = (manifest.block_tokens + 1) * self._schema.field(0).type.bit_width // 8
         self._cache_bytes = access.cache_bytes
         self._blocks: OrderedDict[tuple[Split, int], Future[Tokens]] = OrderedDict()
@@ -180,31 +192,34 @@ class Dataset:
         """A decoded block: its tokens and, but for the last of the split, the first token of the next.
 
         Raises:
-            DataError: its shard is missing or damaged.
+            DataError: its shard is missing or damaged, or archived and given up.
         """
-        self.expect(split, [number])
         key = (split, number)
-        with self._lock:
-            future = self._blocks.get(key) or self._pool.submit(self._decoded, split, number)
-        try:
-            return future.result()
-        except BaseException:
+        while True:
             with self._lock:
-                self._blocks.pop(key, None)
-            raise
+                future = self._blocks.get(key)
+                if future is None:
+                    future = self._begin(key)
+                else:
+                    self._blocks.move_to_end(key)
+            try:
+                return future.result()
+            except BaseException as error:
+                with self._lock:
+                    self._blocks.pop(key, None)
+                if self.archive is None or not isinstance(error, ArchivedObjectError):
+                    raise
+            # Here and not in the pool: blocks that are not archived are read meanwhile.
+            self._thaw(self.archive, self._block_ref(split, number).path)
 
     def expect(self, split: Split, numbers: Iterable[int]) -> None:
         """Begin to read blocks that will be asked for; what was asked for longest ago is dropped for them."""
-        most = max(2, self._cache_bytes // self._block_bytes)
         with self._lock:
             for number in numbers:
-                key = (split, number)
-                if key in self._blocks:
-                    self._blocks.move_to_end(key)
-                    continue
-                self._blocks[key] = self._pool.submit(self._decoded, split, number)
-                if len(self._blocks) > most:
-                    self._blocks.popitem(last=False)[1].cancel()
+                if (split, number) in self._blocks:
+                    self._blocks.move_to_end((split, number))
+                else:
+                    self._begin((split, number))
 
     def tokens(self, split: Split, start: int, count: int) -> Tokens:
         """Tokens [start, start + count) of a split's documents one after another.
@@ -285,7 +300,7 @@ class Dataset:
         content = bytes(self.store.read(name))
         if hashlib.sha256(content).digest() != entry.documents_sha256:
             raise DataError(f"{self.store.name_of(name)}: another sha256 than the index says. Copy it again.")
-        return pq.read_table(pa.BufferReader(content))
+        return read_table(content)
 
     def part(self, split: Split, number: int) -> Part:
         """A part of the index.
@@ -307,64 +322,62 @@ class Dataset:
         return part
 
     def check_stored(self) -> None:
-        """Hold the names and sizes of the shards of each split's first part against what is stored, by one listing.
+        """Hold the shards of each split's first part against what is stored, by one listing.
 
         Raises:
             DataError: a shard is missing, has another size or another type of tokens.
         """
-        for split in SPLITS:
-            if not self.num_shards(split):
-                continue
-            part = self.part(split, 0)
-            sizes = self.store.sizes(f"{split}/shards") if self.num_shards(split) <= PART_SHARDS else {}
-            for shard in range(len(part) if sizes else 1):
-                path = part.path(shard)
-                self._check_shard(path, sizes.get(path) if sizes else self._size_of(path), int(part.num_bytes[shard]))
-            self._check_schema(part.block(0, 0))
+        check_stored(self, self._schema)
+
+    def give_up(self) -> None:
+        """Let whoever waits for an archived shard fail now; later reads wait again."""
+        with self._lock:
+            given_up, self._given_up = self._given_up, threading.Event()
+        given_up.set()
 
     def close(self) -> None:
         """End the threads that read."""
+        self.give_up()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _size_of(self, path: str) -> int | None:
-        try:
-            return self.store.size_of(path)
-        except MissingObjectError:
-            return None
+    def _begin(self, key: tuple[Split, int]) -> Future[Tokens]:
+        """Begin to read a block; called under the lock."""
+        future = self._blocks[key] = self._pool.submit(self._decoded, *key)
+        if len(self._blocks) > max(2, self._cache_bytes // self._block_bytes):
+            self._blocks.popitem(last=False)[1].cancel()
+        return future
 
-    def _check_shard(self, path: str, stored: int | None, indexed: int) -> None:
-        name = self.store.name_of(path)
-        if stored is None:
-            raise DataError(f"{name}: missing shard. Copy it again or prepare the dataset anew.")
-        if stored != indexed:
-            raise DataError(
-                f"{name}: truncated or changed shard ({stored} bytes, the index says {indexed}). "
-                "Copy it again, or delete the dataset and prepare it anew."
-            )
-
-    def _check_schema(self, block: BlockRef) -> None:
-        name = self.store.name_of(block.path)
+    def _thaw(self, archive: Archive, path: str) -> None:
+        with self._lock:
+            given_up = self._given_up
+        name = self.waits_for = self.store.name_of(path)
         try:
-            header = self.store.read(block.path, 8, block.start - 8)
-            found = pa.ipc.read_schema(pa.py_buffer(header))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
-        if not found.equals(self._schema):
-            raise DataError(f"{name}: a shard of {found}, and the vocabulary needs {self._schema}. Prepare it anew.")
+            if not archive.wait(path, given_up):
+                raise DataError(f"{name}: is archived, and was not waited for to the end because the run was stopped.")
+        finally:
+            self.waits_for = None
+
+    def _block_ref(self, split: Split, number: int) -> BlockRef:
+        shard, block = divmod(number, self.manifest.shard_blocks)
+        return self.part(split, shard // PART_SHARDS).block(shard % PART_SHARDS, block)
 
     def _decoded(self, split: Split, number: int) -> Tokens:
-        shard, block = divmod(number, self.manifest.shard_blocks)
-        ref = self.part(split, shard // PART_SHARDS).block(shard % PART_SHARDS, block)
+        ref = self._block_ref(split, number)
         content = self.reader.read(ref)
         name = self.store.name_of(ref.path)
         try:
-            batch = pa.ipc.read_record_batch(pa.py_buffer(content), self._schema)
-            tokens: Tokens = batch.column(0).to_numpy(zero_copy_only=True)
-        except (pa.ArrowException, OSError, ValueError) as error:
+            stream = pa.py_buffer(b"".join([self._schema_message, content]))
+            reader = pa.ipc.open_stream(stream, options=DECODING, memory_pool=pa.system_memory_pool())
+            column = reader.read_next_batch().column(0)
+            if column.null_count:
+                raise ValueError("a token is missing")
+            tokens: Tokens = numbers(column)
+        except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
             raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
         left = self.num_tokens(split) - number * self.manifest.block_tokens
         wanted = min(left, self.manifest.block_tokens + 1)
         if len(tokens) != wanted or int(tokens.max()) >= self.manifest.vocab_size:
+            block = number % self.manifest.shard_blocks
             raise DataError(
                 f"{name}: block {block} has {len(tokens)} tokens, the largest {tokens.max()}; the index says {wanted}, "
                 f"and tokens are below {self.manifest.vocab_size}. Prepare the dataset anew."

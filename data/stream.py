@@ -296,19 +296,19 @@ class Stream:
 
     def _gathered(self, sources: Indices, first_tokens: Indices) -> Tokens:
         length = self.spec.sequence_length + 1
-        dtype = max((source.dataset.manifest.token_type.to_pandas_dtype() for source in self._sources),
-                    key=lambda kind: np.dtype(kind).itemsize)  # fmt: skip
-        windows: Tokens = np.empty((len(sources), length), dtype)
+        token_bytes = max(source.dataset.manifest.token_type.bit_width // 8 for source in self._sources)
+        windows: Tokens = np.empty((len(sources), length), f"u{token_bytes}")
         held: dict[tuple[int, int], Tokens] = {}
+        datasets = [source.dataset for source in self._sources]
+        sizes = [dataset.manifest.block_tokens for dataset in datasets]
         for row, (number, first) in enumerate(zip(sources.tolist(), first_tokens.tolist(), strict=True)):
-            dataset = self._sources[number].dataset
-            block, start = divmod(first, dataset.manifest.block_tokens)
-            if start + length - 1 > dataset.manifest.block_tokens:
-                windows[row] = dataset.tokens("train", first, length)
+            block, start = divmod(first, sizes[number])
+            if start + length - 1 > sizes[number]:
+                windows[row] = datasets[number].tokens("train", first, length)
                 continue
             tokens = held.get((number, block))
             if tokens is None:
-                tokens = held[number, block] = dataset.block("train", block)
+                tokens = held[number, block] = datasets[number].block("train", block)
             windows[row] = tokens[start : start + length]
         return windows
 

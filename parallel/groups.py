@@ -28,6 +28,12 @@ def join_store(address: str, port: int, *, timeout_seconds: float = TIMEOUT_SECO
     return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds))
 
 
+def default_store() -> dist.Store:
+    """The store the ranks of the default process group met at."""
+    # Public only through the group's pickle; every launcher sets it.
+    return dist.distributed_c10d._get_default_store()
+
+
 def open_world(store: dist.Store, *, rank: int, world_size: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     """Make the default process group and take this rank's device.
 

@@ -102,8 +102,8 @@ def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
     tiers = open_tiers(data.tiers)
     datasets = {}
     for name, path in json.loads(run.datasets_file.read_text()).items():
-        wait = Archive(path, data.storage).wait if path.startswith("s3://") else None
-        datasets[name] = Dataset.open(path, Access(storage=data.storage, tiers=tiers, on_archived=wait))
+        archive = Archive(path, data.storage) if path.startswith("s3://") else None
+        datasets[name] = Dataset.open(path, Access(storage=data.storage, tiers=tiers, archive=archive))
     return datasets
 
 

@@ -19,8 +19,10 @@ from data.shards import Dataset
 from data.stream import stream_of_stage
 from parallel import device
 from parallel.engine import Engine, Objective, StepResult, TensorSource
+from parallel.groups import default_store
 from parallel.loss import CrossEntropy
 from train.checkpoint import Checkpoint, checkpoint_name
+from train.data_gate import DataGate
 from train.manifest import Provenance
 from train.metrics import MetricsWriter
 from train.resume import newest_intact
@@ -97,8 +99,10 @@ class TrainingLoop:
             for name, dataset in job.datasets.items()
             if name in training.sources
         }
+        self.gate = self.data_gate()
         self.stop_checked = 0.0
         self.stop_seen = False
+        self.saved_step = -1
 
     def run(self) -> tuple[RankOutcome, Path]:
         """Train to the last step or to a stop.
@@ -120,18 +124,25 @@ class TrainingLoop:
             step=step,
             tokens_per_step=training.tokens_per_step,
         )
+        if self.gate is not None:
+            # For the held-out documents, which were read before.
+            self.gate.arrive(-1)
+            self.gate.opens(-1, lambda: False)
         stopped = False
-        with Prefetch(self.batches_of, range(step, training.num_steps), depth=PREFETCH_STEPS) as batches:
-            for micro_batches in batches:
-                stopped = self.take_step(step, micro_batches)
+        steps = range(step, training.num_steps)
+        with Prefetch(self.batches_of, steps, depth=PREFETCH_STEPS, interrupt=self.give_up_waiting) as batches:
+            while step < training.num_steps and not stopped:
+                if self.gate is not None and not self.gate.opens(step, self.asked_to_stop):
+                    stopped = True
+                    self.save(step)
+                    break
+                stopped = self.take_step(step, next(batches))
                 step += 1
                 last = step == training.num_steps
                 if last or is_due(step, training.validate_every_steps):
                     self.validate(step)
                 if last or stopped or is_due(step, training.checkpoint_every_steps):
                     self.save(step)
-                if stopped and not last:
-                    break
         self.saver.wait()
         return ("stopped" if stopped and step < training.num_steps else "finished"), self.checkpoint_path(step)
 
@@ -149,11 +160,35 @@ class TrainingLoop:
         self.engine.load_weights(checkpoint.weights)
         self.engine.load_optimizer_state(checkpoint.resume, num_steps=checkpoint.manifest.step)
         self.message("info", f"stage {self.job.name} continues after step {checkpoint.manifest.step}")
+        self.saved_step = checkpoint.manifest.step
         return checkpoint.manifest.step
 
     def batches_of(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
-        return self.stream.batches(step, self.engine.coordinate.data, self.engine.mesh.data)
+        try:
+            return self.stream.batches(step, self.engine.coordinate.data, self.engine.mesh.data)
+        finally:
+            # Where they could not be read, too: the step is where that is raised.
+            if self.gate is not None:
+                self.gate.arrive(step)
+
+    def data_gate(self) -> DataGate | None:
+        """What ranks meet at before every step, where sources are in a storage that archives."""
+        datasets = [self.job.datasets[name] for name in self.job.training.sources]
+        if not any(dataset.archive for dataset in datasets):
+            return None
+        return DataGate(
+            default_store(),
+            name=self.job.name,
+            place=self.context.place,
+            waits_for=lambda: next((dataset.waits_for for dataset in datasets if dataset.waits_for), None),
+            say=lambda text: self.message("info", text),
+        )
+
+    def give_up_waiting(self) -> None:
+        """Let the thread that makes batches end, which may wait for an archived shard."""
+        for dataset in self.job.datasets.values():
+            dataset.give_up()
 
     def take_step(self, step: int, micro_batches: list[Batch]) -> bool:
         """One optimizer step and its record; returns whether all ranks agreed to stop after it."""
@@ -208,7 +243,10 @@ class TrainingLoop:
             )
 
     def save(self, step: int) -> None:
-        """Copy the state to host memory and let it be written in the background."""
+        """Copy the state to host memory and let it be written in the background, unless it is saved already."""
+        if step == self.saved_step:
+            return
+        self.saved_step = step
         started = time.monotonic()
         pending = self.saver.save(
             step,

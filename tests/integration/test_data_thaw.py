@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import boto3
 import numpy as np
 import pytest
 import servers
+import torch.distributed as dist
 
 from conf.errors import DataError
 from conf.schema import ShuffleConfig, StorageConfig
 from data.archive import Archive
+from data.prefetch import Prefetch
 from data.shards import Access, Dataset
 from data.storage import ArchivedObjectError, Store
 from data.stream import Stream, StreamSpec
 from data.thaw import needs_of, plan_of, request_all
 from data.writer import DatasetFacts, DatasetWriter
+from train.data_gate import DataGate
+from train.worker import Place
 
 LOCATION = "s3://cold/set"
 ARCHIVED = ("train/shards/00000001.arrow", "train/shards/00000004.arrow")
@@ -98,16 +106,97 @@ def test_the_plan_names_archived_shards_first_needed_first_and_reading_waits_for
 
     with pytest.raises(ArchivedObjectError, match="is archived and must be restored first"):
         stream.rows(needs[0].first_step, 0, 4)
-    said: list[str] = []
-    waiting = Dataset.open(
-        LOCATION,
-        Access(storage=storage, on_archived=lambda name: archive.wait(name, poll_seconds=0.02, say=said.append)),
-    )
+    waiting = Dataset.open(LOCATION, Access(storage=storage, archive=Archive(LOCATION, storage, poll_seconds=0.02)))
     rows = stream_over(waiting).rows(needs[0].first_step, 0, 4)
     assert rows.shape == (4, 65)
-    waiting.tokens("train", 0, waiting.num_tokens("train"))
-    assert "is being restored" in said[0] and any("training goes on" in text for text in said)
-    assert len(said) == len(set(said))
+    assert len(waiting.tokens("train", 0, waiting.num_tokens("train"))) == waiting.num_tokens("train")
+    assert waiting.waits_for is None
+
+
+COLLECTIVE_SECONDS = 2.0
+
+
+class Ranks:
+    """Two data ranks as threads: prefetching and the gate are the loop's own, the step is a barrier with a time-out."""
+
+    def __init__(self, endpoint: str, poll_seconds: float) -> None:
+        storage = StorageConfig(endpoint=endpoint)
+        self.store, self.said, self.stop = dist.HashStore(), [], threading.Event()
+        self.collective = threading.Barrier(2, timeout=COLLECTIVE_SECONDS)
+        self.datasets = [
+            Dataset.open(
+                LOCATION, Access(storage=storage, archive=Archive(LOCATION, storage, poll_seconds=poll_seconds))
+            )
+            for _ in range(2)
+        ]
+
+    def run(self, num_steps: int) -> list[tuple[int, list[np.ndarray]]]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda rank: self.run_rank(rank, num_steps), range(2)))
+
+    def run_rank(self, rank: int, num_steps: int) -> tuple[int, list[np.ndarray]]:
+        dataset, taken = self.datasets[rank], []
+        stream = stream_over(dataset)
+        place = Place(rank=rank, world_size=2, local_rank=rank, ranks_on_node=2, master_address="", master_port=0)
+        gate = DataGate(
+            self.store,
+            name="stage",
+            place=place,
+            waits_for=lambda: dataset.waits_for,
+            say=self.said.append,
+            quiet_seconds=0.1,
+        )
+
+        def make(step: int) -> np.ndarray:
+            try:
+                return stream.rows(step, 2 * rank, 2)
+            finally:
+                gate.arrive(step)
+
+        with Prefetch(make, range(num_steps), depth=4, interrupt=dataset.give_up) as batches:
+            for step in range(num_steps):
+                if not gate.opens(step, self.stop.is_set):
+                    break
+                self.collective.wait()
+                taken.append(next(batches))
+        return len(taken), taken
+
+
+def archive_anew(endpoint: str) -> None:
+    client = boto3.client("s3", endpoint_url=endpoint)
+    for name in ARCHIVED:
+        key = {"Bucket": "cold", "Key": f"set/{name}"}
+        content = client.get_object(**key)["Body"].read()
+        client.delete_object(**key)
+        client.put_object(**key, Body=content, StorageClass="DEEP_ARCHIVE")
+
+
+def test_all_ranks_wait_for_a_shard_outside_of_collectives_and_go_on(cold: str) -> None:
+    num_steps = 20
+    archive_anew(cold)
+    ranks = Ranks(cold, poll_seconds=0.75 * COLLECTIVE_SECONDS)
+    started = time.monotonic()
+    counts, rows = zip(*ranks.run(num_steps), strict=True)
+    # Three looks a restore: longer than a rank may sit in a collective.
+    assert time.monotonic() - started > 2 * COLLECTIVE_SECONDS
+    assert counts == (num_steps, num_steps)
+    expected = stream_over(Dataset.open(LOCATION, Access(storage=StorageConfig(endpoint=cold))))
+    for step in range(num_steps):
+        assert np.array_equal(np.concatenate([rows[0][step], rows[1][step]]), expected.rows(step, 0, 4))
+    assert any(re.search(r"waits for s3://cold/set/train/shards/0000000\d\.arrow", text) for text in ranks.said)
+    assert any("training goes on" in text for text in ranks.said)
+
+
+def test_a_run_that_waits_for_a_shard_stops_when_asked(cold: str) -> None:
+    archive_anew(cold)
+    ranks = Ranks(cold, poll_seconds=3600.0)
+    threading.Timer(1.0, ranks.stop.set).start()
+    started = time.monotonic()
+    counts, _ = zip(*ranks.run(20), strict=True)
+    assert counts[0] == counts[1] < 20
+    assert time.monotonic() - started < 30
+    # Later reads wait again, here until somebody else has asked often enough.
+    assert all(dataset.waits_for is None for dataset in ranks.datasets)
 
 
 def test_requesting_twice_asks_once(cold: str) -> None:

@@ -1,0 +1,61 @@
+"""What is stored, held against the index before anything is read from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from conf.errors import DataError
+from data.index import PART_SHARDS, SPLITS, BlockRef
+from data.storage import MissingObjectError, Store
+
+if TYPE_CHECKING:
+    from data.shards import Dataset
+
+
+def check_stored(dataset: Dataset, schema: pa.Schema) -> None:
+    """Names and sizes of the shards of each split's first part, by one listing, and the type of a shard's tokens.
+
+    Raises:
+        DataError: a shard is missing, has another size or another type of tokens.
+    """
+    store = dataset.store
+    for split in SPLITS:
+        if not dataset.num_shards(split):
+            continue
+        part = dataset.part(split, 0)
+        sizes = store.sizes(f"{split}/shards") if dataset.num_shards(split) <= PART_SHARDS else {}
+        for shard in range(len(part) if sizes else 1):
+            path = part.path(shard)
+            stored = sizes.get(path) if sizes else _size_of(store, path)
+            _check_size(store.name_of(path), stored, int(part.num_bytes[shard]))
+        _check_schema(store, part.block(0, 0), schema)
+
+
+def _size_of(store: Store, path: str) -> int | None:
+    try:
+        return store.size_of(path)
+    except MissingObjectError:
+        return None
+
+
+def _check_size(name: str, stored: int | None, indexed: int) -> None:
+    if stored is None:
+        raise DataError(f"{name}: missing shard. Copy it again or prepare the dataset anew.")
+    if stored != indexed:
+        raise DataError(
+            f"{name}: truncated or changed shard ({stored} bytes, the index says {indexed}). "
+            "Copy it again, or delete the dataset and prepare it anew."
+        )
+
+
+def _check_schema(store: Store, block: BlockRef, schema: pa.Schema) -> None:
+    name = store.name_of(block.path)
+    try:
+        header = store.read(block.path, 8, block.start - 8)
+        found = pa.ipc.read_schema(pa.py_buffer(header))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
+    if not found.equals(schema):
+        raise DataError(f"{name}: a shard of {found}, and the vocabulary needs {schema}. Prepare it anew.")
