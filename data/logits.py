@@ -223,7 +223,7 @@ class StoredLogits:
     def __init__(self, store: Store, manifest: LogitsManifest, access: Access) -> None:
         self.manifest = manifest
         self.store = store
-        self._reader = BlockReader(store, access.tiers, access.on_archived)
+        self._reader = BlockReader(store, access.tiers, access.archive.ask if access.archive else None)
         self._parts: dict[int, pa.Table] = {}
         self._expected: dict[int, Future[tuple[Ids, Floats]]] = {}
         self._lock = threading.Lock()
