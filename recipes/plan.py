@@ -28,7 +28,7 @@ from parallel.plan.search import search
 from parallel.plan.shapes import Shape, Teacher, shape_of
 from parallel.plan.throughput import StepTime
 from parallel.plan.traffic import AxisTraffic, traffic
-from recipes import fit, rules_layout, rules_stages
+from recipes import chain, fit, rules_stages
 from recipes.rules_layout import trainings_of
 from recipes.stage_models import training_of_stage
 
@@ -114,6 +114,7 @@ class Plan:
     hardware: HardwareConfig
     gpu: Gpu
     num_gpus: int
+    """Of the largest stage."""
     budget: Budget
     stages: tuple[StagePlan, ...]
 
@@ -145,7 +146,8 @@ class Plan:
     @property
     def dollars(self) -> float:
         """GPU hours at the cluster's price; storage and transfer are not in it."""
-        return self.num_gpus * self.seconds / 3600 * self.hardware.dollars_per_gpu_hour
+        gpu_seconds = sum(stage.layout.num_gpus * stage.seconds for stage in self.stages)
+        return gpu_seconds / 3600 * self.hardware.dollars_per_gpu_hour
 
     @property
     def storage_bytes(self) -> float:
@@ -178,23 +180,30 @@ def plan(config: RunConfig) -> Plan:
     """
     hardware, gpu = _site_of(config)
     names = list(trainings_of(config))
-    _require_layout(config, gpu, names)
+    if not names:
+        raise ConfigError([Problem("order", f"has no stage that trains ({', '.join(config.order)}): nothing to plan.")])
+    for at in chain.sizes(config):
+        here = [name for name in names if chain.is_here(at, name)]
+        if here:
+            _require_layout(at, gpu, here)
+    stages = tuple(stage_plan(config, name, hardware, gpu, look_further=True) for name in names)
     return Plan(
         recipe=config.name,
         description=config.description,
         cluster=config.cluster.name,
         hardware=hardware,
         gpu=gpu,
-        num_gpus=rules_layout.mesh_of(config).world_size,
+        num_gpus=max(stage.layout.num_gpus for stage in stages),
         budget=config.budget,
-        stages=tuple(stage_plan(config, name, hardware, gpu, look_further=True) for name in names),
+        stages=stages,
     )
 
 
 def stage_plan(
     config: RunConfig, name: str, hardware: HardwareConfig, gpu: Gpu, *, look_further: bool = False
 ) -> StagePlan:
-    """The plan of one stage; a better layout is looked for only if asked."""
+    """The plan of one stage, on the nodes it takes; a better layout is looked for only if asked."""
+    config = chain.for_stage(config, name)
     training, layout = training_of_stage(config, name), fit.layout_of_stage(config, name)
     shape, teacher = fit.shape_of_stage(config, name), fit.teaching_of_stage(config, name)
     step = fit.step_of_stage(config, name, gpu)
@@ -265,8 +274,6 @@ def _site_of(config: RunConfig) -> tuple[HardwareConfig, Gpu]:
 
 
 def _require_layout(config: RunConfig, gpu: Gpu, names: list[str]) -> None:
-    if not names:
-        raise ConfigError([Problem("order", f"has no stage that trains ({', '.join(config.order)}): nothing to plan.")])
     rules = (*rules_stages.RULES, *fit.LAYOUT_RULES)
     problems = [problem for rule in rules for problem in rule(config, fit.NOBODY)]
     if problems:

@@ -135,13 +135,14 @@ def _stage(plan: Plan, stage: StagePlan, curve: tuple[Point, ...]) -> Iterator[s
         "GPU sends in a step: in the node, to the next pipeline rank, and to the same ranks of the other copies.</p>"
         f"{replica(layout, stage.traffic, plan.hardware.gpus_per_node)}</div>"
     )
+    num_nodes = -(-layout.num_gpus // plan.hardware.gpus_per_node)
     yield (
-        f'<div class="card"><h3>All {plan.num_nodes:,} nodes</h3><p class="said">A tile is a node, a colour a pipeline '
+        f'<div class="card"><h3>All {num_nodes:,} nodes</h3><p class="said">A tile is a node, a colour a pipeline '
         f"rank; outlined is the first of {layout.data} copies of the model.</p>"
         f"{cluster_map(layout, plan.hardware.gpus_per_node)}</div>"
     )
     yield f'<div class="card"><h3>Traffic of a GPU</h3>{_traffic(plan, stage)}</div>'
-    yield (f'<div class="card"><h3>More or fewer GPUs</h3>{scaling_curve(curve, plan.num_gpus)}</div>')
+    yield (f'<div class="card"><h3>More or fewer GPUs</h3>{scaling_curve(curve, stage.layout.num_gpus)}</div>')
     yield f'<div class="card"><h3>Numbers</h3>{_numbers(stage)}</div>'
 
 

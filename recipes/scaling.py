@@ -9,7 +9,7 @@ from parallel.plan.layout import Layout
 from parallel.plan.operations import DAY
 from parallel.plan.search import search
 from parallel.plan.throughput import step_time
-from recipes import fit
+from recipes import chain, fit
 from recipes.plan import Plan, StagePlan
 
 SIZES = tuple(256 << power for power in range(7))
@@ -30,8 +30,9 @@ class Point:
 
 
 def scaling(config: RunConfig, plan: Plan, stage: StagePlan) -> tuple[Point, ...]:
-    """Points from 256 to 16,384 GPUs and at the plan's own number."""
-    return tuple(_point(config, plan, stage, size) for size in sorted({*SIZES, plan.num_gpus}))
+    """Points from 256 to 16,384 GPUs and at the stage's own number."""
+    config = chain.for_stage(config, stage.name)
+    return tuple(_point(config, plan, stage, size) for size in sorted({*SIZES, stage.layout.num_gpus}))
 
 
 def _point(config: RunConfig, plan: Plan, stage: StagePlan, num_gpus: int) -> Point:
