@@ -106,8 +106,12 @@ def refusal(config: RunConfig, name: str, layout: Layout) -> str | None:
 
 def refusal_in_place(config: RunConfig, name: str, layout: Layout) -> str | None:
     """The same, and none that changes what is trained: smaller models take shapes that the axes divide."""
+    models, chunks = models_of(config), layout.pipeline * layout.virtual_pipeline
+    # A shape that the axes do not divide would be another one. Most layouts end here, before any rule is asked.
+    if any(model.num_layers % chunks or model.num_kv_heads % layout.tensor for model in models.values()):
+        return "models"
     reason = refusal(config, name, layout)
-    if reason is None and models_of(with_layout(config, name, layout)) != models_of(config):
+    if reason is None and models_of(with_layout(config, name, layout)) != models:
         return "models"
     return reason
 

@@ -24,7 +24,7 @@ from parallel.plan.operations import (
     saving,
     site_gpu,
 )
-from parallel.plan.search import search
+from parallel.plan.search import fastest, search
 from parallel.plan.shapes import Shape, Teacher, shape_of
 from parallel.plan.throughput import StepTime
 from parallel.plan.traffic import AxisTraffic, traffic
@@ -239,10 +239,9 @@ def stage_plan(
 
 
 def _better(config: RunConfig, name: str, gpu: Gpu, step: StepTime) -> Better | None:
-    front = search(fit.task_of(config, name, gpu), partial(fit.refusal_in_place, config, name)).front
-    if not front or step.seconds < (1 + WORTH_CHANGING) * front[0].step.seconds:
+    best = fastest(fit.task_of(config, name, gpu), partial(fit.refusal_in_place, config, name))
+    if best is None or step.seconds < (1 + WORTH_CHANGING) * best.step.seconds:
         return None
-    best = front[0]
     return Better(
         overrides=fit.overrides_to(config, name, best.layout),
         layout=best.layout,

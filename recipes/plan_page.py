@@ -184,7 +184,7 @@ def _numbers(stage: StagePlan) -> str:
             f"{duration(saves.interval_seconds)}; by Young and Daly {duration(saves.best_interval_seconds)}",
         ],
         ["goodput", f"{percent(stage.goodput)}; {percent(stage.best_goodput)} at that interval"],
-        ["failures expected", f"{stage.failures:.1f}"],
+        ["failures", f"{stage.failures:.1f} expected"],
         ["data read", f"{byte_size(stage.data_bytes)}, {byte_size(stage.data_bytes / stage.seconds)}/s"],
         ["power", f"{stage.power.mean_mw:.2f} MW on average, {stage.power.most_mw:.2f} MW at most"],
         ["energy", f"{stage.energy_mwh:,.0f} MWh"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from conf.schema import RunConfig
 from parallel.plan.layout import Layout
 from parallel.plan.operations import DAY
-from parallel.plan.search import search
+from parallel.plan.search import fastest
 from parallel.plan.throughput import step_time
 from recipes import chain, fit
 from recipes.plan import Plan, StagePlan
@@ -39,8 +39,8 @@ def _point(config: RunConfig, plan: Plan, stage: StagePlan, num_gpus: int) -> Po
     task = replace(
         fit.task_of(config, stage.name, plan.gpu), num_gpus=num_gpus, recompute=("none",), micro_batches=(1, 2)
     )
-    front = search(task).front
-    same = front[0].step.tokens_per_s_per_gpu if front else None
+    best = fastest(task)
+    same = best.step.tokens_per_s_per_gpu if best else None
     others = stage.layout.num_gpus // stage.layout.data
     grown = None
     if num_gpus % others == 0:

@@ -205,7 +205,9 @@ esac
         assert "--dependency=aftercorr:1 " in (tmp_path / "sbatch.log").read_text()
 
     def test_what_is_submitted_is_taken_back_where_a_later_job_is_refused(self, commands, chain, tmp_path):
-        commands("sbatch", '#!/bin/sh\n[ "$2" != --dependency=afterok:1 ] || { echo "too many" >&2; exit 1; }\necho 1\n')
+        commands(
+            "sbatch", '#!/bin/sh\n[ "$2" != --dependency=afterok:1 ] || { echo "too many" >&2; exit 1; }\necho 1\n'
+        )
         with pytest.raises(UserError, match="too many"):
             submit([chain])
         assert (tmp_path / "scancel.log").read_text() == "1\n"
