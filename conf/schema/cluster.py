@@ -97,7 +97,7 @@ class SlurmConfig(Strict):
     container: ContainerConfig
     preflight: PreflightConfig
     stage_nodes: dict[str, PositiveInt] = field(default_factory=dict)
-    """Stage -> nodes, where they are not `ClusterConfig.num_nodes`: it runs in a job of its own, after the one before."""
+    """Stage -> nodes, where they are not `ClusterConfig.num_nodes`: a job of its own, after the one before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

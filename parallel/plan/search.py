@@ -35,7 +35,7 @@ class Task:
     offload: bool = False
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     recompute: tuple[Recompute, ...] = ("none", "full")
-    """Least first. Selective recomputation is left out: with fused attention there is nothing of it to recompute in Megatron."""
+    """Least first. Selective recomputation is left out: fused attention has nothing of it to recompute in Megatron."""
     teacher: Teacher | None = None
 
 
@@ -115,7 +115,7 @@ def fastest(task: Task, refuses: Refusal = lambda layout: None) -> Candidate | N
 
 @lru_cache(maxsize=64)
 def _fastest_first(task: Task) -> tuple[Candidate, ...]:
-    """Layouts that fit, each with the least recomputation. Stages of a recipe often are one task, timed once for all."""
+    """Layouts that fit, each with the least recomputation; cached, as stages of a recipe often are one task."""
     fitting: dict[Hashable, Candidate] = {}
     for layout in layouts(task):
         at = (

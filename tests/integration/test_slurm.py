@@ -126,7 +126,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def test_a_sweep_is_an_array_and_a_run_outlives_a_signal_and_a_node_and_goes_on_in_another_job(
     slurm: Slurm, tmp_path: Path
 ):
-    """Three jobs on one host at once; the one over two nodes is interrupted twice and follows the curve of the one alone.
+    """Three jobs on one host at once; the one over two nodes, interrupted twice, follows the curve of the one alone.
 
     Its preflight measures all-reduce between the nodes. Its evaluation takes one node, and so a job of its own.
     """
