@@ -87,7 +87,8 @@ class Queue:
 
 def jobs_of(config: RunConfig, run: RunDir) -> list[Job]:
     """The jobs a run still needs, in order: mostly one; more where stages take other numbers of nodes."""
-    left = [link for link in chain.links(config) if any(run.result(stage) is None for stage in link.stages)]
+    links = chain.links(config)
+    left = [link for link in links if any(run.result(stage) is None for stage in link.stages)] or links[-1:]
     return [
         Job(
             runs=(run.path,),

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from job_samples import job
 
+from conf import load
 from conf.errors import UserError
+from recipes.queued import jobs_of
 from slurm.__main__ import main, status
 from slurm.queue import Submitted, ask, job_facts
 from slurm.submit import submit, write_scripts
+from train.rundir import RunDir, StageResult
 
 SBATCH = """#!/bin/sh
 echo "$@" >> {directory}/sbatch.log
@@ -290,6 +293,12 @@ def test_stages_on_other_nodes_are_jobs_of_their_own_one_after_another(commands,
     texts = [(run / "slurm" / f"job{number}.sbatch").read_text() for number in ("", "-2", "-3")]
     assert [f"#SBATCH --nodes={count}\n" in text for count, text in zip((2, 1, 2), texts, strict=True)] == [True] * 3
     assert len((tmp_path / "sbatch.log").read_text().splitlines()) == 3
+
+    # What is done needs no job again; a run with nothing left to do has one to end it.
+    config, done = load.read(run / "config.json"), RunDir(run)
+    for stage, counts in (("pretrain", [1, 2]), ("evaluate", [2]), ("export", [2])):
+        done.write_result(stage, StageResult(checkpoint=None, seconds=1.0, passes_on=True))
+        assert [job.cluster.num_nodes for job in jobs_of(config, done)] == counts
 
 
 def test_a_sweep_with_a_fault_in_its_second_run_submits_nothing(commands, tmp_path):
