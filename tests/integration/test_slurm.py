@@ -16,6 +16,8 @@ import pytest
 from command_line import TINY_FOUNDATION, environment, losses, records, train, wait_for
 from slurm_cluster import SlurmCluster, missing_programs
 
+from slurm.submit import submit_files
+
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.timeout(600),
@@ -232,6 +234,46 @@ def test_a_preempted_job_over_four_nodes_saves_and_goes_on_later_and_one_told_to
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "1"), slurm.told(run)
     assert json.loads((run / "status.json").read_text())["status"] == "stopped"
     assert "no job in the queue" in slurm.ask("stop", run, code=2)
+
+
+QUEUED_AGAIN = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then scontrol requeue $SLURM_JOB_ID; exit 75; fi'
+WAITING = "#SBATCH --kill-on-invalid-dep=yes\n"
+
+
+def test_a_job_follows_one_that_was_queued_again_and_leaves_the_queue_where_that_failed(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What chains rest on, with jobs of a line each: Slurm's own ways with `afterok` and `aftercorr`."""
+    for name, value in slurm.variables.items():
+        monkeypatch.setenv(name, value)
+
+    def chain(first: str, *options: str, after: str) -> list[str]:
+        files = [tmp_path / f"{len(first)}-{number}.sbatch" for number in (1, 2)]
+        head = "#!/bin/bash\n#SBATCH --output=/dev/null\n#SBATCH --requeue\n"
+        head += "".join(f"#SBATCH {option}\n" for option in options)
+        files[0].write_text(f"{head}{first}\n")
+        files[1].write_text(f"{head}{WAITING}exit 0\n")
+        return submit_files(files, after=after)
+
+    again, after_again = chain(QUEUED_AGAIN, after="afterok")
+    failed, after_failed = chain("exit 1", after="afterok")
+    array, after_array = chain("[ $SLURM_ARRAY_TASK_ID = 0 ]", "--array=0-1", after="aftercorr")
+    expected = {
+        again: "COMPLETED",
+        after_again: "COMPLETED",
+        failed: "FAILED",
+        after_failed: "CANCELLED",
+        f"{array}_0": "COMPLETED",
+        f"{after_array}_0": "COMPLETED",
+        f"{array}_1": "FAILED",
+        f"{after_array}_1": "CANCELLED",
+    }
+
+    def states() -> dict[str, str]:
+        return {job: slurm.cluster.job(job).get("JobState", "") for job in expected}
+
+    wait_for(lambda: states() == expected, 60, f"{expected}")
+    assert slurm.cluster.job(again)["Restarts"] == "1"
 
 
 class TestUnsharedDirectory:
