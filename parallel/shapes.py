@@ -54,7 +54,11 @@ def size_of(model: ModelConfig, measure: Measure) -> float:
 
 def is_exportable(model: ModelConfig) -> bool:
     """Whether Hugging Face's Llama takes the shape."""
-    return model.hidden_size % model.num_attention_heads == 0 and model.num_attention_heads % model.num_kv_heads == 0
+    return _heads_divide(model.hidden_size, model.num_attention_heads, model.num_kv_heads)
+
+
+def _heads_divide(hidden: int, heads: int, groups: int) -> bool:
+    return hidden % heads == 0 and heads % groups == 0
 
 
 def smaller_shapes(parent: ModelConfig, cut: Cut, grid: Grid) -> Iterator[ModelConfig]:
@@ -65,6 +69,9 @@ def smaller_shapes(parent: ModelConfig, cut: Cut, grid: Grid) -> Iterator[ModelC
     layers = _steps(parent.num_layers, grid.layers_multiple) if cut != "width" else [parent.num_layers]
     per_group = parent.num_attention_heads // parent.num_kv_heads
     for num_layers, num_groups, hidden_size, ffn_size in product(layers, groups, hidden, ffn):
+        # Most of a fine grid ends here: before there is a model of it.
+        if not _heads_divide(hidden_size, num_groups * per_group, num_groups):
+            continue
         shape = replace(
             parent,
             num_layers=num_layers,
@@ -73,7 +80,7 @@ def smaller_shapes(parent: ModelConfig, cut: Cut, grid: Grid) -> Iterator[ModelC
             hidden_size=hidden_size,
             ffn_hidden_size=ffn_size,
         )
-        if is_exportable(shape) and shape != parent:
+        if shape != parent:
             yield shape
 
 
@@ -99,28 +106,49 @@ def student_shape(teacher: ModelConfig, ratio: float, grid: Grid) -> ModelConfig
     """
     target = teacher.num_parameters / ratio
 
-    def distance(shape: ModelConfig) -> tuple[float, float]:
+    def distance(student: _Student) -> tuple[float, float]:
         kept = [
-            shape.num_layers / teacher.num_layers,
-            shape.hidden_size / teacher.hidden_size,
-            shape.ffn_hidden_size / teacher.ffn_hidden_size,
+            student.narrowest.num_layers / teacher.num_layers,
+            student.narrowest.hidden_size / teacher.hidden_size,
+            student.ffn_hidden_size / teacher.ffn_hidden_size,
         ]
-        off_target = abs(shape.num_parameters / target - 1.0)
+        off_target = abs(student.num_parameters / target - 1.0)
         return (0.0 if off_target < ON_TARGET else off_target, max(kept) / min(kept))
 
-    return min(student_shapes(teacher, ratio, grid), key=distance)
+    return min(_students(teacher, ratio, grid), key=distance).shape
 
 
 def student_shapes(teacher: ModelConfig, ratio: float, grid: Grid) -> Iterator[ModelConfig]:
     """Shapes on the grid up to the teacher's, each with the feed-forward size that comes nearest to the target."""
+    return (student.shape for student in _students(teacher, ratio, grid))
+
+
+@dataclass(frozen=True, slots=True)
+class _Student:
+    """A shape that is not made before it is chosen: thousands are looked at."""
+
+    narrowest: ModelConfig
+    """Of the least feed-forward size."""
+    ffn_hidden_size: int
+    num_parameters: int
+
+    @property
+    def shape(self) -> ModelConfig:
+        return replace(self.narrowest, ffn_hidden_size=self.ffn_hidden_size)
+
+
+def _students(teacher: ModelConfig, ratio: float, grid: Grid) -> Iterator[_Student]:
     target = teacher.num_parameters / ratio
     per_group = teacher.num_attention_heads // teacher.num_kv_heads
+    most = teacher.ffn_hidden_size // grid.ffn_multiple
     for layers, groups, hidden in product(
         _thinned(range(grid.layers_multiple, teacher.num_layers + 1, grid.layers_multiple)),
         _thinned(range(grid.kv_heads_multiple, teacher.num_kv_heads + 1, grid.kv_heads_multiple)),
         _thinned(range(grid.hidden_multiple, teacher.hidden_size + 1, grid.hidden_multiple)),
     ):
-        shape = replace(
+        if not most or not _heads_divide(hidden, groups * per_group, groups):
+            continue
+        narrowest = replace(
             teacher,
             num_layers=layers,
             num_kv_heads=groups,
@@ -128,11 +156,9 @@ def student_shapes(teacher: ModelConfig, ratio: float, grid: Grid) -> Iterator[M
             hidden_size=hidden,
             ffn_hidden_size=grid.ffn_multiple,
         )
-        left = target - shape.num_parameters
-        more = max(0, round(left / (3 * layers * hidden * grid.ffn_multiple)))
-        most = teacher.ffn_hidden_size // grid.ffn_multiple
-        if most and is_exportable(shape):
-            yield replace(shape, ffn_hidden_size=min(1 + more, most) * grid.ffn_multiple)
+        parameters, each = narrowest.num_parameters, 3 * layers * hidden * grid.ffn_multiple
+        more = min(max(0, round((target - parameters) / each)), most - 1)
+        yield _Student(narrowest, (1 + more) * grid.ffn_multiple, parameters + more * each)
 
 
 def _steps(size: int, multiple: int) -> list[int]:

@@ -11,12 +11,14 @@ checked when they are decoded.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import gcd
 
 from conf.errors import ConfigError, Problem
 from conf.schema import RunConfig
 from recipes import (
+    chain,
     rules_compression,
     rules_data,
     rules_distillation,
@@ -32,7 +34,8 @@ from recipes.machine import Machine
 from recipes.rules_layout import mesh_of
 from recipes.rules_place import CPU_RANK_BYTES, uses_gpu
 
-RULES = (
+Rule = Callable[[RunConfig, Machine], Iterator[Problem]]
+RULES: tuple[Rule, ...] = (
     *rules_stages.RULES,
     *rules_layout.RULES,
     *rules_engine.RULES,
@@ -44,7 +47,7 @@ RULES = (
     *rules_data.RULES,
     *rules_slurm.RULES,
 )
-WARNINGS = (
+WARNINGS: tuple[Rule, ...] = (
     *rules_stages.WARNINGS,
     *rules_layout.WARNINGS,
     *rules_experts.WARNINGS,
@@ -62,16 +65,24 @@ def check(config: RunConfig, machine: Machine) -> None:
     Raises:
         ConfigError: with all problems found.
     """
-    config = resolve(config, machine)
-    problems = [problem for rule in RULES for problem in rule(config, machine)]
+    problems = list(_asked(RULES, config, machine))
     if problems:
         raise ConfigError(problems)
 
 
 def warnings(config: RunConfig, machine: Machine) -> list[Problem]:
     """What is allowed and probably not meant."""
-    config = resolve(config, machine)
-    return [problem for rule in WARNINGS for problem in rule(config, machine)]
+    return list(_asked(WARNINGS, config, machine))
+
+
+def _asked(rules: Sequence[Rule], config: RunConfig, machine: Machine) -> dict[Problem, None]:
+    """What the rules find; of stages that take other numbers of nodes, each on its own."""
+    found: dict[Problem, None] = {}
+    for at in chain.sizes(resolve(config, machine)):
+        elsewhere = tuple(f"stages.{stage}." for stage in at.order if not chain.is_here(at, stage))
+        problems = (problem for rule in rules for problem in rule(at, machine))
+        found |= dict.fromkeys(problem for problem in problems if not problem.path.startswith(elsewhere))
+    return found
 
 
 def resolve(config: RunConfig, machine: Machine) -> RunConfig:

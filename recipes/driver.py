@@ -27,6 +27,7 @@ from data.prepare import prepared
 from data.tiers import check_tiers
 from data.tokenizer import tokenizer_file
 from recipes import check
+from recipes.chain import in_one_job
 from recipes.machine import Machine, find_machine
 from recipes.plan_action import make_plan
 from recipes.reopen import reopen
@@ -180,7 +181,7 @@ class Driver:
 
     def open_origin(self, config: RunConfig, recipe: str) -> tuple[RunDir, RunConfig]:
         """The run of the recipe this one starts from: continued where this one is, else new."""
-        origin_config = check.resolve(load.compose_like(config, recipe), self.machine)
+        origin_config = check.resolve(in_one_job(load.compose_like(config, recipe)), self.machine)
         check.check(origin_config, self.machine)
         unfinished = rundir.newest_unfinished(Path(config.runs_dir), recipe) if config.resume else None
         if unfinished is not None and load.read(RunDir(unfinished).config_file) == origin_config:

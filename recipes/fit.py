@@ -21,6 +21,7 @@ from parallel.plan.search import Task, search, smallest_cluster, worst_stage
 from parallel.plan.shapes import Shape, Teacher, shape_of
 from parallel.plan.throughput import StepTime, step_time
 from recipes import rules_engine, rules_experts, rules_layout
+from recipes.chain import is_here
 from recipes.machine import Machine
 from recipes.rules_layout import trainings_of
 from recipes.stage_models import distillation_of, model_of_stage, models_of, teacher_of_stage
@@ -58,8 +59,8 @@ def step_of_stage(config: RunConfig, name: str, gpu: Gpu) -> StepTime:
 
 
 def fullest_of(config: RunConfig) -> tuple[str, StageMemory] | None:
-    """The training stage that needs most of a GPU; None where none trains."""
-    needed = [(name, memory_of_stage(config, name)) for name in trainings_of(config)]
+    """The training stage that needs most of a GPU; None where none trains, or none on so many nodes."""
+    needed = [(name, memory_of_stage(config, name)) for name in trainings_of(config) if is_here(config, name)]
     return max(needed, key=lambda each: each[1].needed, default=None)
 
 
@@ -107,8 +108,12 @@ def refusal(config: RunConfig, name: str, layout: Layout) -> str | None:
 
 def refusal_in_place(config: RunConfig, name: str, layout: Layout) -> str | None:
     """The same, and none that changes what is trained: smaller models take shapes that the axes divide."""
+    models, chunks = models_of(config), layout.pipeline * layout.virtual_pipeline
+    # A shape that the axes do not divide would be another one. Most layouts end here, before any rule is asked.
+    if any(model.num_layers % chunks or model.num_kv_heads % layout.tensor for model in models.values()):
+        return "models"
     reason = refusal(config, name, layout)
-    if reason is None and models_of(with_layout(config, name, layout)) != models_of(config):
+    if reason is None and models_of(with_layout(config, name, layout)) != models:
         return "models"
     return reason
 

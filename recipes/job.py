@@ -14,31 +14,37 @@ from pathlib import Path
 
 from conf import load
 from conf.errors import UserError
-from recipes import check
-from recipes.driver import drive
+from recipes import chain, check
+from recipes.driver import EXIT_CODES, drive
 from recipes.machine import find_machine
 from train.rundir import RunDir
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run or continue a run directory; returns the exit code of `recipes.driver`."""
+    """Run or continue a run directory; returns the exit code of `recipes.driver`, 0 where the rest is another job's."""
     parser = argparse.ArgumentParser(prog="python -m recipes.job", description=main.__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--address", required=True, help="where Ray's head listens")
     parser.add_argument("--nodes", required=True, help="addresses of the nodes in the order they get ranks")
     given = parser.parse_args(arguments)
     try:
-        run = RunDir(given.run)
-        config = load.read(run.config_file)
+        run, addresses = RunDir(given.run), given.nodes.split(",")
+        config = chain.on_nodes(load.read(run.config_file), len(addresses))
         if run.status() is not None:
             config = dataclasses.replace(config, resume=str(run.path))
         machine = find_machine()
         check.check(config, machine)
         place = dataclasses.replace(config.cluster, kind="ray", address=given.address)
-        return drive(run, config, machine, place, node_order=given.nodes.split(","))
+        code = drive(run, config, machine, place, node_order=addresses)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if code == EXIT_CODES["stopped"]:
+        left = chain.stage_of_next_job(config, lambda stage: run.result(stage) is not None)
+        if left is not None:
+            print(f"The rest, from stage {left} on, is for another job, of {chain.nodes_of(config, left)} nodes.")
+            return EXIT_CODES["finished"]
+    return code
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from parallel.plan.operations import (
     saving,
     site_gpu,
 )
-from parallel.plan.search import search
+from parallel.plan.search import fastest, search
 from parallel.plan.shapes import Shape, Teacher, shape_of
 from parallel.plan.throughput import StepTime
 from parallel.plan.traffic import AxisTraffic, traffic
-from recipes import fit, rules_layout, rules_stages
+from recipes import chain, fit, rules_stages
 from recipes.rules_layout import trainings_of
 from recipes.stage_models import training_of_stage
 
@@ -114,6 +114,7 @@ class Plan:
     hardware: HardwareConfig
     gpu: Gpu
     num_gpus: int
+    """Of the largest stage."""
     budget: Budget
     stages: tuple[StagePlan, ...]
 
@@ -145,7 +146,8 @@ class Plan:
     @property
     def dollars(self) -> float:
         """GPU hours at the cluster's price; storage and transfer are not in it."""
-        return self.num_gpus * self.seconds / 3600 * self.hardware.dollars_per_gpu_hour
+        gpu_seconds = sum(stage.layout.num_gpus * stage.seconds for stage in self.stages)
+        return gpu_seconds / 3600 * self.hardware.dollars_per_gpu_hour
 
     @property
     def storage_bytes(self) -> float:
@@ -178,23 +180,30 @@ def plan(config: RunConfig) -> Plan:
     """
     hardware, gpu = _site_of(config)
     names = list(trainings_of(config))
-    _require_layout(config, gpu, names)
+    if not names:
+        raise ConfigError([Problem("order", f"has no stage that trains ({', '.join(config.order)}): nothing to plan.")])
+    for at in chain.sizes(config):
+        here = [name for name in names if chain.is_here(at, name)]
+        if here:
+            _require_layout(at, gpu, here)
+    stages = tuple(stage_plan(config, name, hardware, gpu, look_further=True) for name in names)
     return Plan(
         recipe=config.name,
         description=config.description,
         cluster=config.cluster.name,
         hardware=hardware,
         gpu=gpu,
-        num_gpus=rules_layout.mesh_of(config).world_size,
+        num_gpus=max(stage.layout.num_gpus for stage in stages),
         budget=config.budget,
-        stages=tuple(stage_plan(config, name, hardware, gpu, look_further=True) for name in names),
+        stages=stages,
     )
 
 
 def stage_plan(
     config: RunConfig, name: str, hardware: HardwareConfig, gpu: Gpu, *, look_further: bool = False
 ) -> StagePlan:
-    """The plan of one stage; a better layout is looked for only if asked."""
+    """The plan of one stage, on the nodes it takes; a better layout is looked for only if asked."""
+    config = chain.for_stage(config, name)
     training, layout = training_of_stage(config, name), fit.layout_of_stage(config, name)
     shape, teacher = fit.shape_of_stage(config, name), fit.teaching_of_stage(config, name)
     step = fit.step_of_stage(config, name, gpu)
@@ -230,10 +239,9 @@ def stage_plan(
 
 
 def _better(config: RunConfig, name: str, gpu: Gpu, step: StepTime) -> Better | None:
-    front = search(fit.task_of(config, name, gpu), partial(fit.refusal_in_place, config, name)).front
-    if not front or step.seconds < (1 + WORTH_CHANGING) * front[0].step.seconds:
+    best = fastest(fit.task_of(config, name, gpu), partial(fit.refusal_in_place, config, name))
+    if best is None or step.seconds < (1 + WORTH_CHANGING) * best.step.seconds:
         return None
-    best = front[0]
     return Better(
         overrides=fit.overrides_to(config, name, best.layout),
         layout=best.layout,
@@ -265,8 +273,6 @@ def _site_of(config: RunConfig) -> tuple[HardwareConfig, Gpu]:
 
 
 def _require_layout(config: RunConfig, gpu: Gpu, names: list[str]) -> None:
-    if not names:
-        raise ConfigError([Problem("order", f"has no stage that trains ({', '.join(config.order)}): nothing to plan.")])
     rules = (*rules_stages.RULES, *fit.LAYOUT_RULES)
     problems = [problem for rule in rules for problem in rule(config, fit.NOBODY)]
     if problems:

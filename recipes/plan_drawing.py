@@ -277,11 +277,10 @@ def _chart(
             drawing.append(f'<path d="M{path}" stroke="{colour}" stroke-width="2.4" fill="none"/>')
             drawing += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{colour}"/>' for x, y in known]
         if len(series) > 1:
-            y = y0 - 34 + 18 * number
-            drawing.append(
-                f'<line x1="{x0 + 12}" x2="{x0 + 34}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.4"/>'
-            )
-            drawing.append(_text((x0 + 42, y + 4), name))
+            # Beside the title, where no curve comes.
+            x = left + 122 + 170 * number
+            drawing.append(f'<line x1="{x}" x2="{x + 18}" y1="12" y2="12" stroke="{colour}" stroke-width="2.4"/>')
+            drawing.append(_text((x + 24, 16), name))
     return drawing
 
 

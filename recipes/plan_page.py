@@ -136,13 +136,14 @@ def _stage(plan: Plan, stage: StagePlan, curve: tuple[Point, ...]) -> Iterator[s
         "GPU sends in a step: in the node, to the next pipeline rank, and to the same ranks of the other copies.</p>"
         f"{replica(layout, stage.traffic, plan.hardware.gpus_per_node)}</div>"
     )
+    num_nodes = -(-layout.num_gpus // plan.hardware.gpus_per_node)
     yield (
-        f'<div class="card"><h3>All {plan.num_nodes:,} nodes</h3><p class="said">A tile is a node, a colour a pipeline '
+        f'<div class="card"><h3>All {num_nodes:,} nodes</h3><p class="said">A tile is a node, a colour a pipeline '
         f"rank; outlined is the first of {layout.data} copies of the model.</p>"
         f"{cluster_map(layout, plan.hardware.gpus_per_node)}</div>"
     )
     yield f'<div class="card"><h3>Traffic of a GPU</h3>{_traffic(plan, stage)}</div>'
-    yield (f'<div class="card"><h3>More or fewer GPUs</h3>{scaling_curve(curve, plan.num_gpus)}</div>')
+    yield (f'<div class="card"><h3>More or fewer GPUs</h3>{scaling_curve(curve, stage.layout.num_gpus)}</div>')
     yield f'<div class="card"><h3>Numbers</h3>{_numbers(stage)}</div>'
 
 
@@ -184,7 +185,7 @@ def _numbers(stage: StagePlan) -> str:
             f"{duration(saves.interval_seconds)}; by Young and Daly {duration(saves.best_interval_seconds)}",
         ],
         ["goodput", f"{percent(stage.goodput)}; {percent(stage.best_goodput)} at that interval"],
-        ["failures expected", f"{stage.failures:.1f}"],
+        ["failures", f"{stage.failures:.1f} expected"],
         ["data read", f"{byte_size(stage.data_bytes)}, {byte_size(stage.data_bytes / stage.seconds)}/s"],
         ["power", f"{stage.power.mean_mw:.2f} MW on average, {stage.power.most_mw:.2f} MW at most"],
         ["energy", f"{stage.energy_mwh:,.0f} MWh"],

@@ -10,7 +10,7 @@ from conf.schema import Budget, RunConfig
 from parallel.plan.hardware import with_power_limit
 from parallel.plan.layout import Layout
 from parallel.plan.operations import DAY
-from recipes import fit
+from recipes import chain, fit
 from recipes.plan import Plan, StagePlan, stage_plan
 from recipes.rules_layout import trainings_of
 
@@ -38,12 +38,18 @@ class Remedy:
 
 def remedies(config: RunConfig, plan: Plan) -> list[Remedy]:
     """Best first: what meets the budget before what only comes closer."""
-    found = [*_layout(config, plan), *_interval(plan)]
+    found = [*_interval(plan)]
     gpus, days, power = plan.verdicts
     if not days.is_met:
-        found += [*_tokens(config, plan), *_more_gpus(config, plan)]
+        found += _tokens(config, plan)
     if not power.is_met:
         found += _power_limit(config, plan)
+    # One layout for all stages, or one number of nodes, is no remedy where stages take different ones.
+    if len(chain.sizes(config)) > 1:
+        return sorted(found, key=lambda remedy: not remedy.meets(plan.budget))
+    found = [*_layout(config, plan), *found]
+    if not days.is_met:
+        found += _more_gpus(config, plan)
     if not power.is_met or not gpus.is_met:
         most = min(plan.budget.gpus, int(plan.budget.power_mw / plan.most_mw * plan.num_gpus))
         found += _fewer_gpus(config, plan, most)

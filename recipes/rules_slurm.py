@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 
 from conf.errors import Problem
+from conf.faults import did_you_mean
 from conf.schema import RunConfig, SlurmConfig
 from parallel.plan.hardware import UnknownGpuError, gpu_named
 from recipes import fit
+from recipes.chain import is_here
 from recipes.machine import Machine
 from recipes.rules_layout import trainings_of
 
@@ -93,7 +95,7 @@ def checkpoints_come_within_a_job(config: RunConfig, machine: Machine) -> Iterat
     useful = 60 * slurm.time_limit_minutes - slurm.signal_seconds
     for name, training in trainings_of(config).items():
         seconds = step_seconds(config, name)
-        if seconds is None or training.checkpoint_every_steps == 0:
+        if seconds is None or training.checkpoint_every_steps == 0 or not is_here(config, name):
             continue
         interval = training.checkpoint_every_steps * seconds
         if interval > useful:
@@ -115,6 +117,18 @@ def step_seconds(config: RunConfig, stage: str) -> float | None:
     except UnknownGpuError:
         return None
     return fit.step_of_stage(config, stage, gpu).seconds
+
+
+def stages_with_nodes_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Stages that take other numbers of nodes are stages of the recipe."""
+    slurm = _slurm(config)
+    for name in slurm.stage_nodes if slurm else ():
+        if name not in config.stages:
+            meant = did_you_mean(name, config.stages)
+            yield Problem(
+                "cluster.slurm.stage_nodes",
+                f"there is no stage '{name}'.{meant} This recipe has {', '.join(config.stages)}.",
+            )
 
 
 def nodes_are_asked_for_whole(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -189,6 +203,7 @@ RULES = (
     slurm_is_described,
     job_leaves_time,
     checkpoints_come_within_a_job,
+    stages_with_nodes_exist,
     nodes_are_asked_for_whole,
     container_has_an_image,
     script_lines_are_lines,

@@ -19,6 +19,7 @@ from conf.schema import (
     RecoverStage,
     SpecialiseStage,
 )
+from recipes.chain import is_here
 from recipes.control import train_control
 from recipes.distill import distill
 from recipes.evaluate import evaluate
@@ -37,13 +38,15 @@ from train.worker import RankContext, RankOutcome
 
 
 def run_stages(context: RankContext) -> RankOutcome:
-    """Run every stage that is not done yet; `stopped` as soon as one was asked to stop."""
+    """Run every stage that is not done yet; `stopped` as soon as one was asked to stop, or is for another job."""
     datasets = open_datasets(context.run, context.config.data)
     incoming = Path(context.config.init) if context.config.init is not None else None
     for name in context.config.order:
         result = context.run.result(name)
         # Rank 0 writes the result of the stage after this; nobody may look for it before all have looked for this one.
         dist.barrier()
+        if result is None and not is_here(context.config, name):
+            return "stopped"
         if result is None:
             started = time.monotonic()
             output = run_stage(StageInput(context=context, name=name, incoming=incoming, datasets=datasets))

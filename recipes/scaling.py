@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from conf.schema import RunConfig
 from parallel.plan.layout import Layout
 from parallel.plan.operations import DAY
-from parallel.plan.search import search
+from parallel.plan.search import fastest
 from parallel.plan.throughput import step_time
-from recipes import fit
+from recipes import chain, fit
 from recipes.plan import Plan, StagePlan
 
 SIZES = tuple(256 << power for power in range(7))
@@ -30,16 +30,17 @@ class Point:
 
 
 def scaling(config: RunConfig, plan: Plan, stage: StagePlan) -> tuple[Point, ...]:
-    """Points from 256 to 16,384 GPUs and at the plan's own number."""
-    return tuple(_point(config, plan, stage, size) for size in sorted({*SIZES, plan.num_gpus}))
+    """Points from 256 to 16,384 GPUs and at the stage's own number."""
+    config = chain.for_stage(config, stage.name)
+    return tuple(_point(config, plan, stage, size) for size in sorted({*SIZES, stage.layout.num_gpus}))
 
 
 def _point(config: RunConfig, plan: Plan, stage: StagePlan, num_gpus: int) -> Point:
     task = replace(
         fit.task_of(config, stage.name, plan.gpu), num_gpus=num_gpus, recompute=("none",), micro_batches=(1, 2)
     )
-    front = search(task).front
-    same = front[0].step.tokens_per_s_per_gpu if front else None
+    best = fastest(task)
+    same = best.step.tokens_per_s_per_gpu if best else None
     others = stage.layout.num_gpus // stage.layout.data
     grown = None
     if num_gpus % others == 0:

@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from conf.errors import UserError
-from slurm.queue import ENDED, Submitted, ask, job_facts, submitted
-from slurm.script import FILES, OUTPUT, SCRIPT
-from slurm.submit import require_not_queued, submit_file
+from slurm.queue import QueuedJob, Submitted, ask, is_in_queue, jobs_of
+from slurm.script import FILES, OUTPUT
+from slurm.submit import require_not_queued, scripts_of, submit_files
 
 FOLLOW_SECONDS = 1.0
 TAIL_BYTES = 2**18
@@ -60,37 +60,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def status(run: Path) -> str:
-    """The job's state in Slurm and the run's own, a fact a line.
+    """The state of its jobs in Slurm and the run's own, a fact a line.
 
     Raises:
         UserError: Slurm cannot be asked.
     """
     lines = {"run": run.name}
-    last = submitted(run)
-    if last is None:
+    jobs = jobs_of(run)
+    if not jobs:
         lines["job"] = "never submitted"
     else:
-        lines["job"] = last.job
-        facts = job_facts(last.job)
-        if facts is None:
-            lines["state"] = "no longer known to Slurm"
-        else:
-            reason = facts.get("Reason", "None")
-            lines["state"] = facts["JobState"] + (f" ({reason})" if reason != "None" else "")
-            for label, field in (("elapsed", "RunTime"), ("time limit", "TimeLimit"), ("queued again", "Restarts")):
-                lines[label] = facts.get(field, "")
-            if facts.get("ExitCode") == NO_OUTPUT:
-                lines["why"] = f"{facts.get('BatchHost', 'its node')} could not write {run / FILES}: is it shared?"
-            for label, field in (("nodes", "NodeList"), ("left out", "ExcNodeList"), ("starts", "StartTime")):
-                if facts.get(field) not in (None, "", "(null)", "Unknown"):
-                    lines[label] = facts[field]
+        job = _current(jobs)
+        lines["job"] = job.number
+        if len(jobs) > 1:
+            lines["of the jobs"] = ", then ".join(f"{each.number} {each.state}" for each in jobs)
+        facts = job.facts or {}
+        reason = facts.get("Reason", "None")
+        lines["state"] = job.state + (f" ({reason})" if reason != "None" else "")
+        for label, field in (("elapsed", "RunTime"), ("time limit", "TimeLimit"), ("queued again", "Restarts")):
+            if field in facts:
+                lines[label] = facts[field]
+        if facts.get("ExitCode") == NO_OUTPUT:
+            lines["why"] = f"{facts.get('BatchHost', 'its node')} could not write {run / FILES}: is it shared?"
+        for label, field in (("nodes", "NodeList"), ("left out", "ExcNodeList"), ("starts", "StartTime")):
+            if facts.get(field) not in (None, "", "(null)", "Unknown"):
+                lines[label] = facts[field]
     lines["status"] = _own_status(run) or "not started"
     lines |= _progress(run)
     return "\n".join(f"{label:<14}{value}" for label, value in lines.items())
 
 
 def logs(run: Path, *, rank: int | None, lines: int, follow: bool) -> None:
-    """Print the end of a log, and what is added to it while the job is there.
+    """Print the end of a log, and what is added to it while a job of the run is there.
 
     Raises:
         UserError: there is no such log.
@@ -103,7 +104,7 @@ def logs(run: Path, *, rank: int | None, lines: int, follow: bool) -> None:
         return
     with subprocess.Popen(["tail", f"--lines={lines}", "--follow=name", "--retry", str(file)]) as tail:
         try:
-            while (job := submitted(run)) and (facts := job_facts(job.job)) and facts["JobState"] not in ENDED:
+            while is_in_queue(run) is not None:
                 time.sleep(FOLLOW_SECONDS)
         except KeyboardInterrupt:
             pass
@@ -118,31 +119,41 @@ def stop(run: Path) -> str:
     Raises:
         UserError: it has no job, or Slurm refuses.
     """
-    last = submitted(run)
-    facts = job_facts(last.job) if last is not None else None
-    if last is None or facts is None or facts["JobState"] in ENDED:
+    jobs = [job for job in jobs_of(run) if not job.has_ended]
+    if not jobs:
         raise UserError(f"{run.name} has no job in the queue; there is nothing to stop.")
-    if facts["JobState"] == "RUNNING":
-        # The batch script passes it on, and does not queue the job again after it.
-        ask("scancel", "--batch", "--signal=TERM", last.job)
-        return f"job {last.job} saves and ends; follow it with python -m slurm status {run}"
-    ask("scancel", last.job)
-    return f"job {last.job} was {facts['JobState'].lower()} and has left the queue"
+    told = []
+    # Those that wait for another first, or its end would start them.
+    for job in reversed(jobs):
+        if job.state == "RUNNING":
+            # The batch script passes it on, and does not queue the job again after it.
+            ask("scancel", "--batch", "--signal=TERM", job.number)
+            told.append(f"job {job.number} saves and ends; follow it with python -m slurm status {run}")
+        else:
+            ask("scancel", job.number)
+            told.append(f"job {job.number} was {job.state.lower()} and has left the queue")
+    return "\n".join(told)
 
 
 def submit(run: Path) -> str:
-    """Submit the job that is written in the run directory.
+    """Submit the jobs that are written in the run directory.
 
     Raises:
         UserError: there is none, it is in the queue, or Slurm refuses.
     """
-    file = run / FILES / SCRIPT
-    if not file.exists():
-        raise UserError(f"there is no {file}; python -m train ... action=dry_run writes it.")
+    files = scripts_of(run)
+    if not files:
+        raise UserError(f"there is no job in {run / FILES}; python -m train ... action=dry_run writes it.")
     require_not_queued(run)
-    job = submit_file(file)
-    Submitted(job=job).write(run)
-    return f"job {job}; follow it with python -m slurm status {run}"
+    numbers = submit_files(files)
+    Submitted(jobs=tuple(numbers)).write(run)
+    return f"job {', then '.join(numbers)}; follow it with python -m slurm status {run}"
+
+
+def _current(jobs: Sequence[QueuedJob]) -> QueuedJob:
+    """The one that runs or is next to; else the one the others waited for in vain; else the last."""
+    alive = (job for job in jobs if not job.has_ended)
+    return next(alive, None) or next((job for job in jobs if job.state != "COMPLETED"), jobs[-1])
 
 
 def _own_status(run: Path) -> str | None:

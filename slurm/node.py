@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         # Several jobs may share a node, and this one is fixed unless it is said.
         f"--dashboard-agent-listen-port={free_port(own)}",
+        # Else every Ray of a host deals the same ports to its workers and drivers, and one of two jobs dies of it.
+        "--min-worker-port=0",
+        "--max-worker-port=0",
         "--disable-usage-stats",
         "--block",
     ]

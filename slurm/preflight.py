@@ -37,6 +37,13 @@ IDLE_GPU_MIB = 1024
 """A GPU nobody uses shows a few hundred MiB, of the driver's own."""
 FATAL_XIDS = {48, 63, 64, 74, 79, 94, 95, 119, 120, 140}
 """Double-bit errors, failed row remapping, NVLink, fallen off the bus, contained errors, GSP: the GPU needs a reset."""
+GPU_FIELDS = (
+    "index",
+    "memory.used",
+    "ecc.errors.uncorrected.volatile.total",
+    "remapped_rows.pending",
+    "remapped_rows.failure",
+)
 INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -119,14 +126,7 @@ def gpu_faults(wanted: int) -> Iterator[str]:
     """
     if wanted == 0:
         raise Unchecked("the ranks run on CPUs")
-    fields = (
-        "index",
-        "memory.used",
-        "ecc.errors.uncorrected.volatile.total",
-        "remapped_rows.pending",
-        "remapped_rows.failure",
-    )
-    output = _tool("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    output = _tool("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits")
     if output.fault:
         yield output.fault
         return
@@ -134,11 +134,19 @@ def gpu_faults(wanted: int) -> Iterator[str]:
 
 
 def parse_gpus(listing: str, wanted: int) -> Iterator[str]:
-    """Faults in a listing of `index, used MiB, uncorrected errors, rows pending, rows failed`, a line a GPU."""
+    """Faults in a listing of `index, used MiB, uncorrected errors, rows pending, rows failed`, a line a GPU.
+
+    Boards without ECC or remapping say `[N/A]` or `[Not Supported]`; any other words in brackets are a GPU's last ones.
+    """
     rows = [[part.strip() for part in line.split(",")] for line in listing.splitlines() if line.strip()]
     if len(rows) < wanted:
         yield f"{len(rows)} GPUs are visible, {wanted} are needed"
-    for index, used, uncorrected, pending, failure in rows:
+    for row in rows:
+        last_words = {field for field in row if re.search("lost|reset|error", field, re.IGNORECASE)}
+        if last_words or len(row) != len(GPU_FIELDS):
+            yield f"GPU {row[0]} answers {' '.join(sorted(last_words)) or ', '.join(row)}"
+            continue
+        index, used, uncorrected, pending, failure = row
         if used.isdigit() and int(used) > IDLE_GPU_MIB:
             yield f"GPU {index} is not empty: {used} MiB are in use"
         if uncorrected.isdigit() and int(uncorrected) > 0:

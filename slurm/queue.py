@@ -17,27 +17,53 @@ ENDED = frozenset(
     {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"}
 )
 """States a job does not leave by itself."""
+FORGOTTEN = "no longer known to Slurm"
+KEPT = "job.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submitted:
-    """The newest job of a run, as kept in its directory.
+    """What a run was last submitted as, kept in its directory.
 
     Attributes:
-        job: its number, `N_INDEX` for one of an array.
+        jobs: numbers in the order they run, `N_INDEX` for one of an array.
     """
 
-    job: str
+    jobs: tuple[str, ...]
 
     def write(self, run: Path) -> None:
         """Remember it."""
-        (run / FILES / "job.json").write_text(json.dumps(asdict(self)) + "\n")
+        (run / FILES / KEPT).write_text(json.dumps(asdict(self)) + "\n")
 
 
-def submitted(run: Path) -> Submitted | None:
-    """The newest job of a run, or None if it never had one."""
-    file = run / FILES / "job.json"
-    return Submitted(**json.loads(file.read_text())) if file.exists() else None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueuedJob:
+    """A job of a run, and what Slurm says of it; None where it has forgotten it."""
+
+    number: str
+    facts: Mapping[str, str] | None
+
+    @property
+    def state(self) -> str:
+        """Slurm's word for it."""
+        return self.facts["JobState"] if self.facts is not None else FORGOTTEN
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more comes of it."""
+        return self.facts is None or self.state in ENDED
+
+
+def jobs_of(run: Path) -> list[QueuedJob]:
+    """The jobs a run was last submitted as, in the order they run; none if it never was.
+
+    Raises:
+        UserError: Slurm cannot be asked.
+    """
+    file = run / FILES / KEPT
+    if not file.exists():
+        return []
+    return [QueuedJob(number=number, facts=job_facts(number)) for number in json.loads(file.read_text())["jobs"]]
 
 
 def ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
@@ -77,11 +103,9 @@ def job_facts(job: str) -> Mapping[str, str] | None:
 
 
 def is_in_queue(run: Path) -> str | None:
-    """The job of a run that waits or runs, if there is one.
+    """The job of a run that runs or is the next to, if there is one.
 
     Raises:
         UserError: Slurm cannot be asked.
     """
-    last = submitted(run)
-    facts = job_facts(last.job) if last is not None else None
-    return last.job if last is not None and facts is not None and facts["JobState"] not in ENDED else None
+    return next((job.number for job in jobs_of(run) if not job.has_ended), None)

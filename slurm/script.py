@@ -11,7 +11,7 @@ from conf.schema import ClusterConfig, SlurmConfig
 
 FILES = "slurm"
 """Directory within a run for everything of its jobs."""
-SCRIPT = "job.sbatch"
+SCRIPTS = "job*.sbatch"
 OUTPUT = "output.log"
 SHARED_PART = Path(__file__).with_name("ray_cluster.sh")
 
@@ -26,6 +26,7 @@ class Job:
         driver: module that works on a run, given its directory, the address of Ray and those of the nodes.
         directory: the working directory, absolute.
         python: the interpreter that submits.
+        number: which of its run's jobs, from 1; a later one waits for the one before it.
     """
 
     runs: tuple[Path, ...]
@@ -33,6 +34,12 @@ class Job:
     driver: str
     directory: Path
     python: str
+    number: int = 1
+
+    @property
+    def file(self) -> Path:
+        """Where its script is kept."""
+        return self.runs[0] / FILES / f"job{f'-{self.number}' if self.number > 1 else ''}.sbatch"
 
     @property
     def slurm(self) -> SlurmConfig:
@@ -82,7 +89,9 @@ def _options(job: Job) -> list[str]:
     options = [f"--{name}={shlex.quote(str(value))}" for name, value in named.items() if value is not None]
     # With spares, losing a node must not end the job; without, Slurm queues it again by itself.
     switches = ["--requeue", *(["--exclusive"] * slurm.exclusive), *(["--no-kill"] * bool(slurm.spare_nodes))]
-    return [*options, *switches, *slurm.sbatch]
+    # Where the job before has failed there is nothing to wait for.
+    waiting = ["--kill-on-invalid-dep=yes"] if job.number > 1 else []
+    return [*options, *switches, *waiting, *slurm.sbatch]
 
 
 def _settings(job: Job) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writing a run's job and handing it to Slurm; several jobs of a sweep become one array."""
+"""Writing a run's jobs and handing them to Slurm; those of a sweep become an array."""
 
 from __future__ import annotations
 
@@ -10,46 +10,62 @@ from pathlib import Path
 
 from conf.errors import UserError
 from slurm.queue import Submitted, ask, is_in_queue
-from slurm.script import FILES, SCRIPT, Job, script
+from slurm.script import FILES, SCRIPTS, Job, script
+from slurm.topology import natural
 
 SUBMIT = ("sbatch", "--parsable")
 """Prints JOB or JOB;CLUSTER."""
 
 
-def write_script(job: Job) -> Path:
-    """Write the batch script into the first run of a job; returns its path."""
-    for run in job.runs:
+def write_scripts(jobs: Sequence[Job]) -> list[Path]:
+    """Write the batch scripts of a run's jobs in place of those it had; returns their paths, in order."""
+    files = [job.file for job in jobs]
+    for run in jobs[0].runs:
         (run / FILES).mkdir(exist_ok=True)
-    file = job.runs[0] / FILES / SCRIPT
-    file.write_text(script(job))
-    file.chmod(file.stat().st_mode | stat.S_IXUSR)
-    return file
+    for old in set(scripts_of(jobs[0].runs[0])) - set(files):
+        old.unlink()
+    for job, file in zip(jobs, files, strict=True):
+        file.write_text(script(job))
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    return files
 
 
-def submit(jobs: Sequence[Job]) -> list[str]:
-    """Submit jobs of one run each; returns the job number of each. Those that ask for the same nodes become an array.
+def scripts_of(run: Path) -> list[Path]:
+    """The batch scripts of a run, in the order its jobs follow one another."""
+    return sorted((run / FILES).glob(SCRIPTS), key=lambda file: natural(file.stem))
+
+
+def submit(chains: Sequence[Sequence[Job]]) -> list[list[str]]:
+    """Submit the jobs of some runs, each run's one after another; returns the job numbers of each run.
+
+    Runs that ask for the same nodes become an array, or arrays one after another.
 
     Raises:
-        UserError: a run is in the queue already, or Slurm refuses, in its own words.
+        UserError: a run is in the queue already, or Slurm refuses, in its own words; then nothing was submitted for it.
     """
-    for job in jobs:
-        require_not_queued(job.runs[0])
-    if len(jobs) > 1 and all(replace(job, runs=jobs[0].runs) == jobs[0] for job in jobs):
-        together = replace(jobs[0], runs=tuple(run for job in jobs for run in job.runs))
-        number = submit_file(write_script(together))
-        numbers = [f"{number}_{index}" for index in range(len(jobs))]
+    for jobs in chains:
+        require_not_queued(jobs[0].runs[0])
+    asked = [[replace(job, runs=()) for job in jobs] for jobs in chains]
+    if len(chains) > 1 and all(each == asked[0] for each in asked):
+        runs = tuple(jobs[0].runs[0] for jobs in chains)
+        arrays = submit_files(write_scripts([replace(job, runs=runs) for job in chains[0]]), after="aftercorr")
+        numbers = [[f"{array}_{index}" for array in arrays] for index in range(len(chains))]
     else:
-        numbers = [submit_file(write_script(job)) for job in jobs]
-    for job, number in zip(jobs, numbers, strict=True):
-        Submitted(job=number).write(job.runs[0])
+        numbers = [submit_files(write_scripts(jobs)) for jobs in chains]
+    for jobs, own in zip(chains, numbers, strict=True):
+        Submitted(jobs=tuple(own)).write(jobs[0].runs[0])
     return numbers
 
 
-def submit_file(file: Path) -> str:
-    """Hand a script to sbatch; returns the job number.
+def submit_files(files: Sequence[Path], *, after: str = "afterok") -> list[str]:
+    """Hand scripts to sbatch, each to start when the one before has ended well; returns the job numbers.
+
+    Args:
+        files: in order.
+        after: the kind of dependency; `aftercorr` has each job of an array wait for its own of the one before.
 
     Raises:
-        UserError: sbatch is missing or refuses.
+        UserError: sbatch is missing or refuses; what was submitted before is taken back.
     """
     # A job submitted from within another must not inherit what Slurm told that one.
     environment = {
@@ -57,11 +73,21 @@ def submit_file(file: Path) -> str:
         for name, value in os.environ.items()
         if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
     }
-    return ask(*SUBMIT, str(file), environment=environment).strip().partition(";")[0]
+    numbers: list[str] = []
+    for file in files:
+        waiting = [f"--dependency={after}:{numbers[-1]}"] if numbers else []
+        try:
+            said = ask(*SUBMIT, *waiting, str(file), environment=environment)
+        except UserError:
+            if numbers:
+                ask("scancel", *numbers)
+            raise
+        numbers.append(said.strip().partition(";")[0])
+    return numbers
 
 
 def require_not_queued(run: Path) -> None:
-    """A run has one job at a time.
+    """A run is worked on by one job at a time.
 
     Raises:
         UserError: it has one, or Slurm cannot be asked.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -96,6 +96,8 @@ class SlurmConfig(Strict):
     """Further options of sbatch, e.g. `--constraint=ib`."""
     container: ContainerConfig
     preflight: PreflightConfig
+    stage_nodes: dict[str, PositiveInt] = field(default_factory=dict)
+    """Stage -> nodes, where they are not `ClusterConfig.num_nodes`: a job of its own, after the one before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

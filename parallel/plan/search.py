@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 from parallel.plan.divides import batch_multiple, divisors, pieces_of_sequence, tensor_sizes
@@ -35,7 +36,7 @@ class Task:
     offload_activations: bool = False
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     recompute: tuple[Recompute, ...] = ("none", "full")
-    """Selective recomputation is left out: with fused attention there is nothing of it to recompute in Megatron."""
+    """Least first. Selective recomputation is left out: fused attention has nothing of it to recompute in Megatron."""
     teacher: Teacher | None = None
 
 
@@ -85,9 +86,8 @@ def search(task: Task, refuses: Refusal = lambda layout: None) -> Found:
         if leanest is None or worst.needed < leanest.needed:
             leanest = worst
         if worst.needed <= task.gpu.memory_bytes:
-            step = step_time(task.shape, layout, task.gpu, teacher=task.teacher)
-            fitting.append(Candidate(layout=layout, step=step, worst=worst))
-    fitting.sort(key=lambda candidate: (candidate.step.seconds, candidate.worst.needed))
+            fitting.append(_timed(task, layout, worst))
+    fitting.sort(key=_time_then_memory)
     front: list[Candidate] = []
     runner_up: Candidate | None = None
     refused: Counter[str] = Counter()
@@ -104,6 +104,44 @@ def search(task: Task, refuses: Refusal = lambda layout: None) -> Found:
         if is_leaner:
             front.append(candidate)
     return Found(front=tuple(front), runner_up=runner_up, considered=considered, refused=refused, leanest=leanest)
+
+
+def fastest(task: Task, refuses: Refusal = lambda layout: None) -> Candidate | None:
+    """The first of the front alone, found in half the time; None where no layout fits and is allowed.
+
+    What is recomputed must be no reason to refuse: a layout is looked at with the least recomputation that fits.
+    """
+    return next((candidate for candidate in _fastest_first(task) if refuses(candidate.layout) is None), None)
+
+
+@lru_cache(maxsize=64)
+def _fastest_first(task: Task) -> tuple[Candidate, ...]:
+    """Layouts that fit, each with the least recomputation; cached, as stages of a recipe often are one task."""
+    fitting: dict[Hashable, Candidate] = {}
+    for layout in layouts(task):
+        at = (
+            layout.tensor,
+            layout.context,
+            layout.pipeline,
+            layout.expert,
+            layout.micro_batch,
+            layout.virtual_pipeline,
+        )
+        key = (*at, layout.precision, layout.sharding, layout.stack.name)
+        if key not in fitting:
+            worst = worst_stage(task.shape, layout, task.teacher)
+            if worst.needed <= task.gpu.memory_bytes:
+                fitting[key] = _timed(task, layout, worst)
+    return tuple(sorted(fitting.values(), key=_time_then_memory))
+
+
+def _timed(task: Task, layout: Layout, worst: StageMemory) -> Candidate:
+    step = step_time(task.shape, layout, task.gpu, teacher=task.teacher)
+    return Candidate(layout=layout, step=step, worst=worst)
+
+
+def _time_then_memory(candidate: Candidate) -> tuple[float, float]:
+    return candidate.step.seconds, candidate.worst.needed
 
 
 def smallest_cluster(task: Task, refuses: Refusal = lambda layout: None, most: int = 2**15) -> int | None:

@@ -132,14 +132,10 @@ def step_time(
     shape: Shape, layout: Layout, gpu: Gpu, constants: Constants = FITTED, teacher: Teacher | None = None
 ) -> StepTime:
     """Time of one step of `layout.global_batch` sequences."""
+    flops, teaching = shape.train_flops_per_token(layout.sequence), 0.0
     if teacher is not None:
-        alone = step_time(shape, layout, gpu, constants)
-        return replace(
-            alone,
-            teacher=_teacher_seconds(teacher, layout, gpu, constants),
-            model_flops_per_token=alone.model_flops_per_token
-            + FORWARD_SHARE * teacher.shape.train_flops_per_token(layout.sequence),
-        )
+        teaching = _teacher_seconds(teacher, layout, gpu, constants)
+        flops += FORWARD_SHARE * teacher.shape.train_flops_per_token(layout.sequence)
     if layout.precision == "fp32":
         forward, backward = gpu.attention_flops
         gpu = replace(
@@ -167,8 +163,9 @@ def step_time(
         bubble=bubble,
         data_links=_data_seconds(shape, layout, gpu, constants, slowest.seconds),
         optimizer=_optimizer_seconds(shape, layout, gpu) + constants.step_seconds,
+        teacher=teaching,
         tokens_per_gpu=layout.global_batch * layout.sequence / layout.num_gpus,
-        model_flops_per_token=shape.train_flops_per_token(layout.sequence),
+        model_flops_per_token=flops,
         bf16_flops=gpu.bf16_flops,
     )
 

@@ -16,6 +16,8 @@ import pytest
 from command_line import TINY_FOUNDATION, environment, losses, records, train, wait_for
 from slurm_cluster import SlurmCluster, missing_programs
 
+from slurm.submit import submit_files
+
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.timeout(600),
@@ -41,8 +43,6 @@ ON_CPUS = (
     "cluster.slurm.preflight.local_disk_gib=0",
 )
 FOUR_NODES = ("cluster.num_nodes=4", "engine.mesh.pipeline=2")
-# Scoring after every step gives a test time to act in between, and changes no loss.
-SLOW_STEPS = ("stages.pretrain.training.validate_every_steps=1",)
 ENOUGH_SECONDS = 280
 HIDE = 'mount -t tmpfs none "$0" && exec "$@"'
 
@@ -74,15 +74,19 @@ class Slurm:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def facts(self, run: Path) -> dict[str, str]:
-        """What Slurm says of the run's job."""
-        return self.cluster.job(json.loads((run / "slurm" / "job.json").read_text())["job"])
+    def jobs(self, run: Path) -> list[str]:
+        """Numbers of the run's jobs, in order."""
+        return list(json.loads((run / "slurm" / "job.json").read_text())["jobs"])
 
-    def wait_for_end(self, run: Path) -> dict[str, str]:
-        """Wait for the run's job; returns what Slurm says of it."""
+    def facts(self, run: Path, link: int = 0) -> dict[str, str]:
+        """What Slurm says of the run's first job, or a later one."""
+        return self.cluster.job(self.jobs(run)[link])
+
+    def wait_for_end(self, run: Path, link: int = 0) -> dict[str, str]:
+        """Wait for one of the run's jobs; returns what Slurm says of it."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         deadline = time.monotonic() + ENOUGH_SECONDS
-        while (facts := self.facts(run))["JobState"] not in ended:
+        while (facts := self.facts(run, link))["JobState"] not in ended:
             assert time.monotonic() < deadline, self.told(run)
             time.sleep(0.2)
         return facts
@@ -121,41 +125,92 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_a_sweep_is_an_array_and_a_job_asked_by_slurm_saves_and_is_queued_again(slurm: Slurm, tmp_path: Path):
-    """Three jobs on one host at once; the one over two nodes is interrupted, and follows the curve of the one alone."""
+def test_a_sweep_is_an_array_and_a_run_outlives_a_signal_and_a_node_and_goes_on_in_another_job(
+    slurm: Slurm, tmp_path: Path
+):
+    """Three jobs on one host at once; the one over two nodes, interrupted twice, follows the curve of the one alone.
+
+    Its preflight measures all-reduce between the nodes. Its evaluation takes one node, and so a job of its own.
+    """
     sound, broken = slurm.train(
         tmp_path / "array", "cluster.num_nodes=1", "stages.pretrain.training.optim.learning_rate=3e-3,1e30", "-m"
     )
-    (run,) = slurm.train(tmp_path / "two", "cluster.num_nodes=2", *SLOW_STEPS)
-    first, second = (json.loads((each / "slurm" / "job.json").read_text())["job"] for each in (sound, broken))
+    two_nodes = (
+        "order=[pretrain,evaluate]",
+        "cluster.num_nodes=2",
+        "cluster.slurm.stage_nodes={evaluate: 1}",
+        "cluster.slurm.spare_nodes=1",
+        "cluster.slurm.sbatch=['--exclude=n4']",
+        "cluster.slurm.preflight.node_pair_gb_per_second=1e-6",
+        # A save after every step gives a test time to act in between, and changes no loss.
+        "stages.pretrain.training.checkpoint_every_steps=1",
+    )
+    (run,) = slurm.train(tmp_path / "two", *two_nodes)
+    first, second = (slurm.jobs(each)[0] for each in (sound, broken))
     assert (first.partition("_")[2], second.partition("_")[2]) == ("0", "1")
     assert first.partition("_")[0] == second.partition("_")[0]
+    job, evaluation = slurm.jobs(run)
+    assert slurm.cluster.job(evaluation)["Dependency"].startswith(f"afterok:{job}")
+    assert slurm.train(tmp_path / "two", *two_nodes, f"resume={run}", code=2) == []
+    assert "still in the queue" in slurm.output
 
     slurm.wait_for_step(run, 3)
-    assert "RUNNING" in slurm.ask("status", run) and "pretrain, step" in slurm.ask("status", run)
-    assert slurm.train(tmp_path / "two", "cluster.num_nodes=2", *SLOW_STEPS, f"resume={run}", code=2) == []
-    assert "still in the queue" in slurm.output
     # What Slurm sends some time before a time limit, by `--signal=B:USR1@...`.
-    slurm.cluster.command("scancel", "--batch", "--signal=USR1", slurm.facts(run)["JobId"])
-    facts = slurm.wait_for_end(run)
-    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("COMPLETED", "1", "0:0"), slurm.told(run)
-
+    slurm.cluster.command("scancel", "--batch", "--signal=USR1", job)
+    attempt = next(run.glob("slurm/*-0-1"))
+    assert [line.split()[0] for line in (attempt / "chosen").read_text().splitlines()] == ["n1", "n3"]
+    reports = {each["node"]: each for each in map(json.loads, (attempt / "reports").read_text().splitlines())}
+    assert set(reports) == {"n1", "n2", "n3"}
+    assert all(each["faults"] == [] and "fast" in str(each["pairs"].values()) for each in reports.values())
+    assert all("GPUs: the ranks run on CPUs" in each["unchecked"] for each in reports.values())
+    # The other two come to their ends meanwhile.
     facts = slurm.wait_for_end(sound)
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), slurm.told(sound)
     facts = slurm.wait_for_end(broken)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "1:0", "0"), slurm.told(broken)
     assert "FloatingPointError" in slurm.ask("logs", broken, "--rank", "0")
-    assert "queued again: it continues from its newest checkpoint" in slurm.ask("logs", run, "--lines=1000")
-    assert len(records(run, "run_started")) == 2
+
+    wait_for(lambda: len(records(run, "run_started")) == 2, ENOUGH_SECONDS, "the run goes on")
+    told = slurm.ask("status", run)
+    assert f"{job} RUNNING, then {evaluation} PENDING" in told and "pretrain, step" in told
+    assert "queued again  1" in told
+    slurm.wait_for_step(run, max(losses(run)) + 1)
+    slurm.cluster.kill_node(3)
+    wait_for(lambda: len(records(run, "run_started")) == 3, ENOUGH_SECONDS, "the run goes on without n3")
+    wait_for(lambda: (run / "stages" / "pretrain" / "result.json").exists(), ENOUGH_SECONDS, "its training is done")
+    # As long as Slurm waits for the dead node to report, the job it was part of is not over.
+    slurm.cluster.command("scontrol", "update", "nodename=n3", "state=down", "reason=died")
+    facts = slurm.wait_for_end(run)
+    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("COMPLETED", "1", "0:0"), slurm.told(run)
+    facts = slurm.wait_for_end(run, link=1)
+    assert (facts["JobState"], facts["ExitCode"], facts["NumNodes"]) == ("COMPLETED", "0:0", "2"), slurm.told(run)
+
+    told = slurm.ask("logs", run, "--lines=1000")
+    for line in (
+        "queued again: it continues from its newest checkpoint",
+        "node n3 failed its checks: it did not report",
+        "starts over without n3",
+        "ranks go to n1 n2",
+        "The rest, from stage evaluate on, is for another job, of 1 nodes.",
+    ):
+        assert line in told
+    assert [each["world_size"] for each in records(run, "run_started")] == [2, 2, 2, 1]
+    assert any("continues after step" in each["text"] for each in records(run, "message"))
     assert sorted(losses(run)) == list(range(1, 21))
     assert losses(run) == pytest.approx(losses(sound), abs=1e-5)
-    assert "finished" in slurm.ask("status", run)
+    assert [each["stage"] for each in records(run, "stage_ended")] == ["pretrain", "evaluate"]
+    told = slurm.ask("status", run)
+    assert f"{job} COMPLETED, then {evaluation} COMPLETED" in told and "finished" in told
+    slurm.cluster.start_node(3)
+    slurm.cluster.command("scontrol", "update", "nodename=n3", "state=resume")
+    wait_for(lambda: slurm.cluster.node_states() == {"idle"}, 30, "the node is back")
 
 
 def test_a_preempted_job_over_four_nodes_saves_and_goes_on_later_and_one_told_to_stop_does_not(
     slurm: Slurm, tmp_path: Path
 ):
-    (run,) = slurm.train(tmp_path, *FOUR_NODES, "stages.pretrain.training.tokens=1e9")
+    later = ("order=[pretrain,evaluate]", "cluster.slurm.stage_nodes={evaluate: 2}")
+    (run,) = slurm.train(tmp_path, *FOUR_NODES, *later, "stages.pretrain.training.tokens=1e9")
     slurm.wait_for_step(run, 3)
     # Rank order follows the switches of the topology, not the names.
     chosen = [line.split()[0] for line in next(run.glob("slurm/*-0-1/chosen")).read_text().splitlines()]
@@ -172,48 +227,53 @@ def test_a_preempted_job_over_four_nodes_saves_and_goes_on_later_and_one_told_to
     slurm.wait_for_step(run, stopped_at + 1)
     messages = [each["text"] for each in records(run, "message")]
     assert f"stage pretrain continues after step {stopped_at}" in messages
-    assert "saves and ends" in slurm.ask("stop", run)
+    told = slurm.ask("stop", run)
+    assert "saves and ends" in told and "has left the queue" in told
+    assert slurm.facts(run, link=1)["JobState"] == "CANCELLED"
     facts = slurm.wait_for_end(run)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "1"), slurm.told(run)
     assert json.loads((run / "status.json").read_text())["status"] == "stopped"
     assert "no job in the queue" in slurm.ask("stop", run, code=2)
 
 
-def test_ranks_of_a_node_that_dies_go_to_a_spare_one(slurm: Slurm, tmp_path: Path):
-    """Preflight measures all-reduce between the nodes first; the node dies in the middle of the run."""
-    (run,) = slurm.train(
-        tmp_path,
-        "cluster.num_nodes=2",
-        "cluster.slurm.spare_nodes=1",
-        "cluster.slurm.sbatch=['--nodelist=n1,n2,n3']",
-        "cluster.slurm.preflight.node_pair_gb_per_second=1e-6",
-        "stages.pretrain.training.tokens=1e9",
-        "stages.pretrain.training.checkpoint_every_steps=1",
-    )
-    slurm.wait_for_step(run, 3)
-    attempt = next(run.glob("slurm/*-0-1"))
-    assert [line.split()[0] for line in (attempt / "chosen").read_text().splitlines()] == ["n1", "n3"]
-    reports = {each["node"]: each for each in map(json.loads, (attempt / "reports").read_text().splitlines())}
-    assert set(reports) == {"n1", "n2", "n3"}
-    assert all(each["faults"] == [] and "fast" in str(each["pairs"].values()) for each in reports.values())
-    assert all("GPUs: the ranks run on CPUs" in each["unchecked"] for each in reports.values())
-    slurm.cluster.kill_node(3)
-    wait_for(lambda: len(records(run, "run_started")) == 2, ENOUGH_SECONDS, "the run was started again")
-    stopped_at = max(losses(run))
-    slurm.wait_for_step(run, stopped_at + 1)
-    slurm.ask("stop", run)
-    # As long as Slurm waits for the dead node to report, the job it was part of is not over.
-    slurm.cluster.command("scontrol", "update", "nodename=n3", "state=down", "reason=died")
-    facts = slurm.wait_for_end(run)
-    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("FAILED", "0", "75:0"), slurm.told(run)
-    told = (run / "slurm" / "output.log").read_text()
-    assert "node n3 failed its checks: it did not report" in told
-    assert "starts over without n3" in told
-    assert "ranks go to n1 n2" in told
-    assert any("continues after step" in each["text"] for each in records(run, "message"))
-    slurm.cluster.start_node(3)
-    slurm.cluster.command("scontrol", "update", "nodename=n3", "state=resume")
-    wait_for(lambda: slurm.cluster.node_states() == {"idle"}, 30, "the node is back")
+QUEUED_AGAIN = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then scontrol requeue $SLURM_JOB_ID; exit 75; fi'
+WAITING = "#SBATCH --kill-on-invalid-dep=yes\n"
+
+
+def test_a_job_follows_one_that_was_queued_again_and_leaves_the_queue_where_that_failed(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What chains rest on, with jobs of a line each: Slurm's own ways with `afterok` and `aftercorr`."""
+    for name, value in slurm.variables.items():
+        monkeypatch.setenv(name, value)
+
+    def chain(first: str, *options: str, after: str) -> list[str]:
+        files = [tmp_path / f"{len(first)}-{number}.sbatch" for number in (1, 2)]
+        head = "#!/bin/bash\n#SBATCH --output=/dev/null\n#SBATCH --requeue\n"
+        head += "".join(f"#SBATCH {option}\n" for option in options)
+        files[0].write_text(f"{head}{first}\n")
+        files[1].write_text(f"{head}{WAITING}exit 0\n")
+        return submit_files(files, after=after)
+
+    again, after_again = chain(QUEUED_AGAIN, after="afterok")
+    failed, after_failed = chain("exit 1", after="afterok")
+    array, after_array = chain("[ $SLURM_ARRAY_TASK_ID = 0 ]", "--array=0-1", after="aftercorr")
+    expected = {
+        again: "COMPLETED",
+        after_again: "COMPLETED",
+        failed: "FAILED",
+        after_failed: "CANCELLED",
+        f"{array}_0": "COMPLETED",
+        f"{after_array}_0": "COMPLETED",
+        f"{array}_1": "FAILED",
+        f"{after_array}_1": "CANCELLED",
+    }
+
+    def states() -> dict[str, str]:
+        return {job: slurm.cluster.job(job).get("JobState", "") for job in expected}
+
+    wait_for(lambda: states() == expected, 60, f"{expected}")
+    assert slurm.cluster.job(again)["Restarts"] == "1"
 
 
 class TestUnsharedDirectory:

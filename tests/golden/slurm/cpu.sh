@@ -18,7 +18,7 @@ python=(/home/ada/venv/bin/python)
 driver=recipes.job
 node_options=(--ranks=1 --gpus=0)
 preflight_options=(--infiniband-ports=8 --infiniband-gbit=400 --disk-gib=100)
-bandwidth_options=(--intra-node=350 --node-pair=300 --seconds=300)
+bandwidth_options=(--intra-node=300 --node-pair=300 --seconds=300)
 choose_options=(--clock-seconds=1)
 before() {
     :

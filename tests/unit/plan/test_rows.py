@@ -177,6 +177,7 @@ def test_planner_imports_nothing_but_the_standard_library_and_itself():
         "collections",
         "csv",
         "dataclasses",
+        "functools",
         "itertools",
         "math",
         "pathlib",

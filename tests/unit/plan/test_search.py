@@ -9,7 +9,7 @@ from plan_samples import LLAMA_8B, LLAMA_70B, MIXTRAL
 from parallel.plan.__main__ import main
 from parallel.plan.hardware import GPUS
 from parallel.plan.layout import COMPOSER, MEGATRON
-from parallel.plan.search import Task, layouts, search, smallest_cluster, why
+from parallel.plan.search import Task, fastest, layouts, search, smallest_cluster, why
 
 TASK = Task(shape=LLAMA_70B, gpu=GPUS["H200"], num_gpus=2048, global_batch=2048, sequence=8192)
 SMALL = Task(shape=LLAMA_8B, gpu=GPUS["H100"], num_gpus=16, global_batch=128, sequence=8192)
@@ -43,6 +43,18 @@ def test_front_trades_time_for_memory_and_fits():
     assert times == sorted(times)
     assert needs == sorted(needs, reverse=True)
     assert needs[0] <= TASK.gpu.memory_bytes
+
+
+@pytest.mark.parametrize("gibibytes", [20, 30, 45, 80])
+def test_the_fastest_is_the_first_of_the_front_where_memory_is_tight_and_where_it_is_not(gibibytes):
+    task = replace(SMALL, gpu=replace(SMALL.gpu, memory_bytes=gibibytes * 2**30), recompute=("none", "mlp", "full"))
+
+    def refuses(layout):
+        return "odd" if layout.pipeline == 1 else None
+
+    for refusal in (lambda layout: None, refuses):
+        best, front = fastest(task, refusal), search(task, refusal).front
+        assert (best and best.layout) == (front[0].layout if front else None)
 
 
 def test_what_is_refused_is_out_and_counted():

@@ -69,6 +69,21 @@ def test_distilling_stages_pay_for_their_teachers_and_train_smaller_models():
     assert stages["continued"].step == whole.step and stages["continued"].teacher is None
 
 
+def test_stages_on_fewer_nodes_take_longer_and_cost_their_own_gpus():
+    typed = ("recipe=business_module", "cluster=h200_slurm")
+    whole = plan(resolved(*typed))
+    config = resolved(*typed, "cluster.slurm.stage_nodes={distill: 16}")
+    made = plan(config)
+    for before, after in zip(whole.stages, made.stages, strict=True):
+        assert after.layout.num_gpus == (128 if after.name == "distill" else 256)
+        assert after.seconds > 1.8 * before.seconds if after.name == "distill" else after == before
+    hours = sum(stage.seconds * stage.layout.num_gpus for stage in made.stages) / 3600
+    assert made.dollars == pytest.approx(hours * made.hardware.dollars_per_gpu_hour)
+    assert made.num_gpus == 256 and not made.is_met
+    assert all("num_nodes" not in remedy.overrides for remedy in remedies(config, made))
+    assert "must divide 24" in refusal(*typed, "cluster.slurm.stage_nodes={distill: 3}")
+
+
 def test_controls_cost_their_time_where_they_run():
     usual = plan(resolved("recipe=business_module", "cluster=h200_ray"))
     made = plan(resolved("recipe=business_module", "cluster=h200_ray", "controls=true"))

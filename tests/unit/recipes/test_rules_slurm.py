@@ -1,12 +1,13 @@
 """What is asked of Slurm."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 from check_samples import BIG_DISK, assert_told, changed, composed, layout, problems_of, rehearsal
 
 from conf.schema import ContainerConfig
-from recipes import check
+from recipes import chain, check
 from recipes.rules_slurm import step_seconds
 
 
@@ -105,6 +106,46 @@ class TestTime:
 )
 def test_each_fault_is_told_where_it_is(values, path, words):
     told(queued(**values), path, *words)
+
+
+class TestStagesOnOtherNodes:
+    def test_data_ranks_follow_the_nodes_and_stages_are_checked_where_they_run(self):
+        # A quarter of the nodes, and a quarter of the data ranks; pretraining would not fit them in time.
+        assert problems_of(queued(slurm__stage_nodes={"evaluate": 64, "export": 4}), BIG_DISK) == {}
+
+    def test_a_mesh_that_does_not_divide_them_is_told(self):
+        told(queued(slurm__stage_nodes={"export": 3}), "engine.mesh", "3 x 8 = 24", "must divide 24")
+
+    def test_what_is_wrong_with_a_stage_is_told_of_the_nodes_it_has(self):
+        # 12 nodes are 3 data ranks.
+        path, batch = "stages.pretrain.training.global_batch", 2048
+        found = problems_of(queued(slurm__stage_nodes={"evaluate": 12}), BIG_DISK)
+        assert found == {}
+        told(queued(slurm__stage_nodes={"pretrain": 12}), path, f"{batch} sequences cannot be shared by 3 data ranks")
+
+    def test_a_stage_there_is_not_is_told(self):
+        told(queued(slurm__stage_nodes={"evluate": 4}), "cluster.slurm.stage_nodes", "Did you mean", "evaluate")
+
+    def test_neighbours_of_one_size_share_a_job_which_knows_its_stages(self):
+        config = queued("business_module", slurm__stage_nodes={"evaluate": 4, "quantise": 4, "prune": 8})
+        found = chain.links(config)
+        assert [stage for link in found for stage in link.stages] == list(config.order)
+        assert all(one.num_nodes != two.num_nodes for one, two in itertools.pairwise(found))
+        small = chain.on_nodes(chain.on_nodes(config, 8), 4)
+        here = [stage for stage in config.order if chain.is_here(small, stage)]
+        assert here == [stage for stage in config.order if stage in ("evaluate", "quantise")]
+        assert chain.links(small) == found
+        others = small.engine.mesh.tensor * small.engine.mesh.context * small.engine.mesh.pipeline
+        assert small.engine.mesh.data == 4 * 8 // others
+
+    def test_the_rest_is_for_another_job_where_the_next_stage_is_not_here(self):
+        config = queued(slurm__stage_nodes={"evaluate": 4})
+        first, *_ = config.order
+        done = {first}
+        assert chain.stage_of_next_job(config, lambda stage: False) is None
+        assert chain.stage_of_next_job(config, done.__contains__) == "evaluate"
+        assert chain.stage_of_next_job(chain.on_nodes(config, 4), done.__contains__) is None
+        assert chain.stage_of_next_job(chain.on_nodes(config, 4), lambda stage: True) is None
 
 
 def test_writing_a_job_without_submitting_needs_a_cluster_of_slurm():

@@ -15,6 +15,9 @@ def test_empty_gpus_without_errors_pass():
     assert faults_of_gpus("0, 4, 0, No, No", "1, 613, 0, No, No") == []
     # Boards without ECC or row remapping say so.
     assert faults_of_gpus("0, 4, [N/A], [N/A], [N/A]", wanted=1) == []
+    assert faults_of_gpus("0, 4, [Not Supported], [Not Supported], [Not Supported]", wanted=1) == []
+    # Drivers print yes and no, or 1 and 0.
+    assert faults_of_gpus("0, 4, 0, 0, 0", wanted=1) == []
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,10 @@ def test_empty_gpus_without_errors_pass():
         ("1, 4, 2, No, No", "GPU 1 has 2 uncorrected memory errors"),
         ("1, 4, 0, Yes, No", "waits for a reset"),
         ("1, 4, 0, No, Yes", "could not be remapped"),
+        ("1, 4, 0, 1, 0", "waits for a reset"),
+        ("1, [GPU requires reset], [GPU requires reset], [N/A], [N/A]", "GPU 1 answers [GPU requires reset]"),
+        ("1, [GPU is lost], [Unknown Error], [N/A], [N/A]", "GPU 1 answers [GPU is lost] [Unknown Error]"),
+        ("1, 4", "GPU 1 answers 1, 4"),
     ],
 )
 def test_each_fault_of_a_gpu_is_named(row, said):
@@ -58,6 +65,26 @@ GPU 1: NVIDIA H200 (UUID: GPU-2)
          Link 1: <inactive>
 """
     assert list(preflight.parse_nvlinks(status)) == ["GPU 1: Link 1: <inactive>"]
+
+
+def test_a_gpu_that_has_lost_all_its_nvlinks_is_named():
+    status = """\
+GPU 0: NVIDIA H200 (UUID: GPU-1)
+\t Link 0: 26.562 GB/s
+GPU 1: NVIDIA H200 (UUID: GPU-2)
+NVML: Unable to retrieve NVLink information as all links are inActive
+"""
+    (fault,) = preflight.parse_nvlinks(status)
+    assert fault.startswith("GPU 1: ") and "all links are inActive" in fault
+
+
+def test_a_driver_that_does_not_answer_is_a_fault_in_its_own_words(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    said = "Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error"
+    tool.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 15\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert list(gpu_faults(8)) == [f"nvidia-smi failed: {said}"]
 
 
 class TestInfiniband:

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def without_shared_part(text):
         ("array", job(*ON_CPUS, **SHARING, runs=THREE_RUNS, max_array_jobs=2)),
         ("pyxis", job(container=PYXIS)),
         ("apptainer", job(container=APPTAINER)),
+        ("chain", replace(job("cluster.num_nodes=32"), number=2)),
     ],
 )
 def test_script_is_as_expected(name, given, assert_golden):
