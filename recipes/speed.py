@@ -20,7 +20,7 @@ from parallel.device import this_device
 from recipes.rules_compression import NEW_TOKENS
 from train.scores import Estimate
 
-ROUNDS = 7
+ROUNDS = 5
 PACKAGES = ("transformers", "compressed_tensors")
 
 
