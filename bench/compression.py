@@ -174,6 +174,25 @@ def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
             else:
                 gain = spread([each["gain"] for each in records])
                 yield f"{model} over {baseline}, {source}: {gain} nats (documents {error:.4f})"
+        yield from gaps_closed(mine)
+
+
+def gaps_closed(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """How much nearer its teacher a 10:1 student is than the same student alone; below 0 it is farther away."""
+    losses = {
+        (each["seed"], each["source"], each["model"]): each["loss"] for each in results if each["kind"] == "evaluation"
+    }
+    seeds = sorted({seed for seed, _, _ in losses})
+    for source in SOURCES:
+        for alone in ("student_alone", "student_alone_flops"):
+            closed = []
+            for seed in seeds:
+                teacher = losses.get((seed, source, "specialise"), losses.get((seed, source, "init")))
+                distilled, other = (losses.get((seed, source, model)) for model in ("distill", alone))
+                if teacher is not None and distilled is not None and other is not None:
+                    closed.append((other - distilled) / (other - teacher))
+            if closed:
+                yield f"gap of {alone} to the teacher that distill closes, {source}: {spread(closed)}"
 
 
 def main() -> int:
@@ -198,7 +217,7 @@ def main() -> int:
             with file.open("a") as stream:
                 stream.writelines(json.dumps(each) + "\n" for each in new)
             results += new
-            print("\n".join(table(results)), flush=True)
+    print("\n".join(table(results)))
     return 0
 
 

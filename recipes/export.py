@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conf.schema import EvaluateStage, ExportStage, ModelConfig
+from conf.schema import EvaluateStage, ExportStage, ModelConfig, RunConfig, TargetConfig
 from parallel.device import this_device
 from recipes.compressed_tensors import compressed_tensors, mark_quantised
 from recipes.model_card import model_card
@@ -50,7 +51,7 @@ def export(given: StageInput, stage: ExportStage) -> StageOutput:
 
 def write_speeds(given: StageInput, stage: ExportStage, directories: dict[str, Path]) -> None:
     """A `speed` record for each model, and a `target` for each promise of speed."""
-    metrics, config = MetricsWriter(given.context.run.metrics_file), given.context.config
+    metrics = MetricsWriter(given.context.run.metrics_file)
     speeds: dict[str, Speed] = {}
     if stage.speed_prompt_tokens and directories:
         if missing := missing_packages():
@@ -59,28 +60,30 @@ def write_speeds(given: StageInput, stage: ExportStage, directories: dict[str, P
         else:
             speeds = speeds_of(directories, stage.speed_prompt_tokens)
     for name, speed in speeds.items():
-        prefill, decode = spread_of(speed.prefill_seconds), spread_of(speed.decode_seconds)
         metrics.write(
             "speed",
             stage=given.name,
             model=name,
-            device=str(this_device().type),
+            device=this_device().type,
             prompt_tokens=stage.speed_prompt_tokens,
-            prefill_seconds=dict(zip(QUARTILES, prefill, strict=True)),
-            decode_seconds=dict(zip(QUARTILES, decode, strict=True)),
+            prefill_seconds=dict(zip(QUARTILES, spread_of(speed.prefill_seconds), strict=True)),
+            decode_seconds=dict(zip(QUARTILES, spread_of(speed.decode_seconds), strict=True)),
             memory_bytes=speed.memory_bytes,
             disk_bytes=sum(file.stat().st_size for file in directories[name].glob("*.safetensors")),
         )
-    for evaluation in (config.stages[name] for name in config.order):
-        if isinstance(evaluation, EvaluateStage):
-            for name, target in evaluation.targets.items():
-                if target.quantity == "speed" and present(config, (target.model, target.baseline)) == (
-                    target.model,
-                    target.baseline,
-                ):
-                    known = target.model in speeds and target.baseline in speeds
-                    value = decode_speed_over(speeds[target.model], speeds[target.baseline]) if known else UNKNOWN
-                    write_target(metrics, given.name, name, target, value)
+    for name, target in speed_targets(given.context.config):
+        known = target.model in speeds and target.baseline in speeds
+        value = decode_speed_over(speeds[target.model], speeds[target.baseline]) if known else UNKNOWN
+        write_target(metrics, given.name, name, target, value)
+
+
+def speed_targets(config: RunConfig) -> Iterator[tuple[str, TargetConfig]]:
+    """Promises of speed, by name, about models that there are."""
+    for stage in (config.stages[name] for name in config.order):
+        for name, target in stage.targets.items() if isinstance(stage, EvaluateStage) else ():
+            both = (target.model, target.baseline)
+            if target.quantity == "speed" and present(config, both) == both:
+                yield name, target
 
 
 def write_model(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from conf import load
 from conf.errors import CheckpointError
 from recipes.stage import StageInput
-from train.checkpoint import Checkpoint
+from train.checkpoint import Checkpoint, Parent
 from train.metrics import read
 from train.rundir import RunDir, run_of
 
@@ -56,6 +58,10 @@ def model_card(given: StageInput, checkpoint: Checkpoint) -> str:
         "## Lineage",
         "",
         *lineage(checkpoint),
+        "",
+        "## Stages",
+        "",
+        *stage_configurations(run, stages_behind(checkpoint)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -114,10 +120,31 @@ def score_table(run: RunDir) -> Iterator[str]:
 
 
 def lineage(checkpoint: Checkpoint) -> Iterator[str]:
-    """The checkpoint and its parents by hash."""
+    """The checkpoint and all that it was made from, by hash, each below what was made of it."""
     provenance = checkpoint.manifest.provenance
     yield f"- checkpoint `{checkpoint.path.name}` of stage {provenance.stage} of run {provenance.run}: "
     yield f"  sha256 of its manifest {checkpoint.manifest_sha256}"
-    for parent in provenance.parents:
-        yield f"- parent `{Path(parent.path).parent.parent.name}`: sha256 of its manifest {parent.manifest_sha256}"
+    yield from _parents(provenance.parents, depth=1)
     yield f"- tokenizer: sha256 {provenance.tokenizer}"
+
+
+def _parents(parents: Sequence[Parent], depth: int) -> Iterator[str]:
+    for parent in parents:
+        name = Path(parent.path).parent.parent.name
+        yield f"{'  ' * depth}- made from `{name}`: sha256 of its manifest {parent.manifest_sha256}"
+        try:
+            above = Checkpoint.open(Path(parent.path)).manifest.provenance.parents
+        except CheckpointError:
+            yield f"{'  ' * (depth + 1)}- deleted since; what it was made from is not known here"
+        else:
+            yield from _parents(above, depth + 1)
+
+
+def stage_configurations(run: RunDir, behind: set[tuple[str, str]]) -> Iterator[str]:
+    """How every stage that made the model was configured, oldest first."""
+    config = load.read(run.config_file)
+    if config.init is not None and (origin := run_of(Path(config.init))) is not None:
+        yield from stage_configurations(origin, behind)
+    for name in config.order:
+        if (run.name, name) in behind:
+            yield f"- `{name}` of {run.name}, seed {config.seed}: `{json.dumps(asdict(config.stages[name]))}`"

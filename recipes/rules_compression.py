@@ -306,7 +306,7 @@ def speed_can_be_measured(config: RunConfig, machine: Machine) -> Iterator[Probl
     exported = {model for stage in exports.values() for model in present(config, stage.models)}
     for name, export in exports.items():
         length, most = export.speed_prompt_tokens + NEW_TOKENS, config.model.max_sequence_length
-        if export.speed_prompt_tokens and length > most:
+        if export.models and export.speed_prompt_tokens and length > most:
             yield Problem(
                 f"stages.{name}.speed_prompt_tokens",
                 f"is {export.speed_prompt_tokens}, and {NEW_TOKENS} tokens are written after it: positions end at "

@@ -174,7 +174,7 @@ def lm_eval(directory: Path, tasks: Sequence[str], include: Path | None) -> Iter
             )
         content = json.loads(files[-1].read_text())
     for task, values in content["results"].items():
-        count = content["n-samples"][task]["effective"]
+        count = content["n-samples"].get(task, {}).get("effective", 0)  # a group of tasks has no count of its own
         yield from ((task, *found, count) for found in _metrics_of(values))
 
 

@@ -44,6 +44,7 @@ def everything(directory: str) -> dict[str, Any]:
                     found[name] = {scheme: _scores(layout, scheme) for scheme in SCHEMES} | _smoothed(layout)
             if inside and size == 1:
                 found["float"] = _scores(Layout(), None)
+                found["overflow"] = _ranges_of_an_overflow()
                 for scheme in SCHEMES:
                     for precision in (torch.float32, torch.bfloat16):
                         _export(Path(directory) / f"{scheme} {precision}", scheme, precision)
@@ -106,6 +107,28 @@ def _scores(layout: Layout, scheme: str | None) -> list[float]:
     return (rows.loss_B / rows.num_tokens_B.clamp_min(1)).tolist()
 
 
+def _ranges_of_an_overflow() -> str:
+    """What is said when an activation of layer 2 is not finite."""
+    from parallel import groups
+
+    class Overflowing(WithOutliers):
+        def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+            tensor = super().read(name, offset, shape)
+            return tensor * torch.nan if name == "model.layers.2.mlp.up_proj.weight" else tensor
+
+    groups.enter_mesh(Layout().mesh)
+    engine = tiny_engine(Layout(), WILD, optim=None)
+    engine.load_weights(Overflowing())
+    try:
+        engine.input_ranges(batches(0, Layout().mesh, 0))
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        engine.close()
+        groups.leave_mesh()
+    return "nothing"
+
+
 def _export(directory: Path, scheme: str, precision: torch.dtype) -> None:
     from safetensors.torch import save_file
 
@@ -165,6 +188,11 @@ def test_smoothing_does_not_depend_on_the_layout(found, name):
         assert found[name]["ranges"][channels] == pytest.approx(ranges, rel=1e-5)
         assert np.array_equal(found[name]["factors"][channels], found["one"]["factors"][channels])
     assert found[name]["smoothed w8a8"] == pytest.approx(found["one"]["smoothed w8a8"], rel=5e-3)
+
+
+def test_activations_that_are_not_finite_are_refused_with_their_layers(found):
+    # Layer 3 is given what layer 2 made.
+    assert "attention) are not finite in layers [3]" in found["overflow"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -42,6 +42,7 @@ TINY_VARIANTS = (
     "stages.prune.search.tokens=2048",
     "stages.prune.search.candidates=2",
     "stages.distill.student.ratio=4",
+    "stages.export.speed_prompt_tokens=40",
 )
 
 

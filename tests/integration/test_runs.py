@@ -78,11 +78,18 @@ def test_variants_are_really_smaller_and_say_where_they_come_from(whole: Ended):
     }.items():
         found = [parent.manifest_sha256 for parent in made[child].manifest.provenance.parents]
         assert found == [made[parent].manifest_sha256 for parent in parents], child
+    card = (whole.run / "export" / "quantise" / "README.md").read_text()
+    for stage in ("specialise", "prune", "recover", "quantise"):
+        assert made[stage].manifest_sha256 in card and f"- `{stage}` of {whole.run.name}" in card, stage
     parameters = {stage: checkpoint.manifest.provenance.model.num_parameters for stage, checkpoint in made.items()}
     assert parameters["recover"] <= 0.7 * parameters["specialise"]
     targets = {each["name"]: each for each in records(whole.run, "target")}
     assert targets["pruning: parameters removed"]["met"]
     assert {"pruning: accuracy kept", "INT8: accuracy kept", "distillation: size"} <= targets.keys()
+    speeds = {each["model"]: each for each in records(whole.run, "speed")}
+    assert speeds.keys() == {"specialise", "recover", "quantise", "distill"}
+    assert speeds["distill"]["disk_bytes"] < speeds["quantise"]["disk_bytes"] < speeds["recover"]["disk_bytes"]
+    assert all(each["decode_seconds"]["median"] > 0 for each in speeds.values()) and "INT8: speed" in targets
     assert [each["part"] for each in records(whole.run, "quantisation")] == [
         "layer 0",
         "layer 1",
