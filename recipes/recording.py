@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from conf.schema import LogitsStage, RunConfig
+from data.logits import FORMAT_VERSION, LogitsManifest
 from data.shards import Dataset
 from data.stream import mixtures_of
 from recipes.rules_layout import trainings_of
@@ -37,6 +38,21 @@ def about_data(datasets: Mapping[str, Dataset], sources: tuple[str, ...]) -> dic
         "tokenizer": next(iter(used.values())).tokenizer_sha256,
         "data": {name: dataset.identity for name, dataset in used.items()},
     }
+
+
+def manifest_of(config: RunConfig, stage: LogitsStage, about: dict[str, Any]) -> LogitsManifest:
+    """The manifest of what a stage writes down, without its parts."""
+    training, distillation = trainings_of(config)[stage.stage], distillation_of(config.stages[stage.stage])
+    assert distillation is not None, "the stage has a teacher"
+    return LogitsManifest(
+        format_version=FORMAT_VERSION,
+        about=about,
+        vocab_size=config.model.vocab_size,
+        tokens=training.sequence_length,
+        top_k=distillation.top_k,
+        stored_as=stage.stored_as,
+        num_samples=training.num_steps * training.global_batch,
+    )
 
 
 def location_of(config: RunConfig, logits: str, *, run_dir: str) -> str:

@@ -11,10 +11,11 @@ from conf.errors import DataError, Problem
 from conf.schema import DistillStage, LogitsStage, PruneStage, RunConfig
 from data.logits import MANIFEST_NAME, StoredLogits, differences
 from recipes.machine import Machine
-from recipes.recording import about_text
+from recipes.recording import about_text, location_of, manifest_of
 from recipes.rules_compression import with_mesh
 from recipes.rules_layout import trainings_of
 from recipes.stage_models import distillation_of, model_of_stage, models_of, stages_of, teacher_of_stage
+from train.quantities import byte_size
 
 
 def hidden_states_are_on_the_same_ranks(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
@@ -83,6 +84,25 @@ def recordings_are_read_by_a_later_stage(config: RunConfig, machine: Machine | N
             )
 
 
+def recordings_fit_on_disk(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What is written down, before compression, fits where it is written to."""
+    for name, stage in stages_of(config):
+        learner = config.stages.get(stage.stage) if isinstance(stage, LogitsStage) else None
+        distillation = distillation_of(learner) if learner is not None else None
+        if not isinstance(stage, LogitsStage) or distillation is None:
+            continue
+        location = location_of(config, name, run_dir=config.runs_dir)
+        manifest = manifest_of(config, stage, {})
+        need = manifest.num_samples * manifest.sample_bytes
+        if "://" not in location and need > (free := machine.free_disk_bytes(Path(location))):
+            yield Problem(
+                f"stages.{name}.location",
+                f"{location} has {byte_size(free)} free, and {manifest.num_samples:,} samples of {manifest.tokens} "
+                f"tokens, {manifest.top_k} logits each, take up to {byte_size(need)}. Lower top_k or the tokens of "
+                f"'{stage.stage}', or set location to another disk or to s3://BUCKET/PATH.",
+            )
+
+
 def recordings_exist_and_fit(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
     """A stage that reads what a teacher said reads the likeliest tokens, of this text, and nothing else of it."""
     for name, stage in stages_of(config):
@@ -148,5 +168,6 @@ RULES = (
     hidden_states_are_on_the_same_ranks,
     recordings_are_read_by_a_later_stage,
     recordings_exist_and_fit,
+    recordings_fit_on_disk,
 )
 WARNINGS = (shapes_are_those_of_the_grid,)

@@ -25,7 +25,6 @@ from parallel.initial import InitialWeights
 from parallel.pruning import PrunedWeights, most_important
 from parallel.weight_importance import magnitude_importance
 from parallel.weight_names import logical_shapes
-from recipes.logits import Recorder
 
 LIMIT_SECONDS = 240.0
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
@@ -135,6 +134,8 @@ def _taught(student: Engine, lesson: Lesson, steps: range = range(STEPS)) -> lis
 
 def _learn_from_recording(layout: Layout, teacher: Engine, pruned: PrunedWeights, folder: str) -> list[StepResult]:
     """Write the teacher's 16 likeliest tokens down, and train on what is read of them."""
+    from recipes.logits import Recorder
+
     samples = GLOBAL_BATCH * STEPS
     manifest = LogitsManifest(
         format_version=1,

@@ -12,6 +12,7 @@ from recipes import check, fit
 from recipes.recording import about_text
 from recipes.rules_distillation import rank_of_layer
 from recipes.stage_models import models_of
+from train.quantities import byte_size
 
 STATES = HiddenStatesConfig(layers={0: 1, 3: 3}, distance="cosine", weight=1.0)
 RECORD = LogitsStage(kind="logits", stage="distill", stored_as="fp16", location=None)
@@ -126,6 +127,13 @@ def test_a_recording_of_other_text_or_too_short_a_one_is_refused_before_launch(t
         ({"stages__distill__training__tokens": 10**6}, "samples and"),
     ):
         assert_told(reading(tmp_path / "good", **values), "stages.distill.distillation.logits", word)
+
+
+def test_a_recording_larger_than_the_disk_is_refused_with_its_size():
+    need = 293 * 8 * 128 * 16 * 4  # steps, samples, tokens, logits, bytes of a value and an id
+    full, roomy = (replace(LAPTOP, free_disk_bytes=lambda path, free=free: free) for free in (need - 1, need))
+    assert_told(recording(), "stages.logits.location", f"take up to {byte_size(need)}", "s3://", machine=full)
+    assert "stages.logits.location" not in problems_of(recording(), roomy)
 
 
 def written(folder, manifest):

@@ -41,5 +41,7 @@ def given(checkpoint, tokenizer):
 
 def test_a_teacher_or_student_of_another_tokenizer_is_refused(checkpoint):
     assert isinstance(given(checkpoint, "0" * 64).open_model(None), Checkpoint)
-    with pytest.raises(CheckpointError, match=r"tokenizer 000000000000.*111111111111.*token ids would mean other words"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer 000000000000.*111111111111.*token ids would mean other words"
+    ):
         given(checkpoint, "1" * 64).open_model(None)
