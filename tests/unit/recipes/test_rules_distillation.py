@@ -78,12 +78,12 @@ def test_hidden_states_take_memory_that_is_known():
         (
             {"stages__logits__stage": "evaluate"},
             "stages.logits.stage",
-            ["no stage of the order that distils"],
+            ["no stage that distils", "distill"],
         ),
         ({"order": ("specialise", "distill", "logits")}, "stages.logits.stage", ["comes before"]),
         ({"order": ("logits", "specialise", "distill")}, "stages.logits.stage", ["'specialise', is not made before"]),
         ({"stages__distill__distillation__logits": None}, "stages.logits.stage", ["distillation.logits=logits"]),
-        ({"stages__distill__distillation__top_k": 0}, "stages.distill.distillation.top_k", ["none are written down"]),
+        ({"stages__distill__distillation__top_k": 0}, "stages.distill.distillation.top_k", ["never written down"]),
         (
             {"stages__distill__distillation__logits": "prune"},
             "stages.distill.distillation.logits",
@@ -103,6 +103,14 @@ def test_hidden_states_take_memory_that_is_known():
 )
 def test_what_is_written_down_is_what_a_later_stage_reads(values, path, words):
     assert_told(recording(**values), path, *words)
+
+
+def test_a_run_on_the_teachers_own_mesh_may_write_for_another_runs_student():
+    order = ("specialise", "logits", "evaluate")
+    config = recording(order=order, stages__evaluate__models=("specialise",))
+    assert problems_of(layout(config, data=2)) == {}
+    config = changed(config, stages__distill__training__global_batch=6)
+    assert_told(layout(config, data=2), "stages.distill.training.global_batch", "2 data ranks", "Nearest")
 
 
 def test_a_recording_of_other_text_or_too_short_a_one_is_refused_before_launch(tmp_path):
