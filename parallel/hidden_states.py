@@ -1,9 +1,9 @@
 """Hidden states as a further thing to learn from a teacher: outputs of a student's layers are held against its.
 
 A forward hook of a layer computes the distance and its gradient, and puts that into the layer's output's own gradient;
-so it works under every schedule of either engine, with layers that are recomputed too, and nothing of it is kept. Where
-widths differ, a projection is trained with the student. Every rank of a pipeline stage holds all of it; it goes into
-the optimizer's part of a checkpoint, never into the model.
+so it works under every schedule of either engine, with layers that are compiled or recomputed too, and keeps nothing.
+Where widths differ, a projection is trained with the student. Every rank of a pipeline stage holds all of it; it goes
+into the optimizer's part of a checkpoint, never into the model.
 
 Shape suffixes: S tokens on this rank, B rows, D the student's width, T the teacher's.
 """
@@ -107,7 +107,6 @@ class Matching:
         learned_SBD = cast(Tensor, _WithGradient.apply(hidden_SBD, gradient_SBD))  # type: ignore[no-untyped-call]
         return (learned_SBD, *others) if isinstance(output, tuple) else learned_SBD
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _learn(self, number: int, hidden_SBD: Tensor, target_SBT: Tensor, mask_SB: Tensor) -> Tensor:
         """Add up the distance and the projection's gradient; returns the gradient of the hidden states."""
         projection_TD = self._projections.get(number)

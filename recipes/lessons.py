@@ -10,7 +10,6 @@ from conf.errors import CheckpointError
 from conf.schema import DistillationConfig, ModelConfig, TrainingConfig
 from data.logits import StoredLogits
 from data.shards import Access
-from data.tiers import open_tiers
 from parallel.device import this_device
 from parallel.distillation import Distillation, FromRecording, FromTeacher
 from parallel.engine import Engine, Match, make_engine
@@ -68,8 +67,8 @@ def teacher_engine(given: StageInput, teacher: Checkpoint, micro_batch: int) -> 
 def _recording(given: StageInput, teacher: Checkpoint, logits: str, training: TrainingConfig) -> Iterator[StoredLogits]:
     config = given.context.config
     location = location_of(config, logits, run_dir=str(given.context.run.path))
-    access = Access(storage=config.data.storage, tiers=open_tiers(config.data.tiers))
-    stored = StoredLogits.open(location, access)
+    # Past the tiers: read once, it would drive out of them what is read again.
+    stored = StoredLogits.open(location, Access(storage=config.data.storage))
     try:
         about = about_text(config, given.name) | about_data(given.datasets, training.sources)
         about["teacher"] = teacher.manifest_sha256

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from conf.schema import LogitsStage, TrainingConfig
+from conf.schema import LogitsStage
 from data.batch import Batch
-from data.logits import FORMAT_VERSION, Likeliest, LogitsManifest, LogitsWriter, finish, whole_chunks
+from data.logits import Likeliest, LogitsManifest, LogitsWriter, finish, whole_chunks
 from data.storage import Store
 from data.stream import stream_of_stage
 from parallel.device import this_device
@@ -17,9 +17,8 @@ from parallel.distillation import read_likeliest
 from parallel.engine import Engine
 from parallel.inputs import rows_of_ranks
 from recipes.lessons import teacher_engine
-from recipes.recording import about_data, about_text, location_of
+from recipes.recording import about_data, about_text, learner_of, location_of, manifest_of
 from recipes.stage import StageInput, StageOutput
-from recipes.stage_models import distillation_of
 from train.metrics import MetricsWriter
 
 CHUNK_BYTES = 1 << 32
@@ -35,21 +34,10 @@ def record_logits(given: StageInput, stage: LogitsStage) -> StageOutput:
     """
     given.announce(stage.kind)
     config = given.context.config
-    learner = config.stages[stage.stage]
-    distillation = distillation_of(learner)
-    training: TrainingConfig = learner.training  # type: ignore[union-attr]
-    assert distillation is not None, "recipes/rules_distillation.py"
+    training, distillation = learner_of(config, stage.stage)
     teacher = given.open_model(distillation.teacher)
     about = about_text(config, stage.stage) | about_data(given.datasets, training.sources)
-    manifest = LogitsManifest(
-        format_version=FORMAT_VERSION,
-        about=about | {"teacher": teacher.manifest_sha256},
-        vocab_size=config.model.vocab_size,
-        tokens=training.sequence_length,
-        top_k=distillation.top_k,
-        stored_as=stage.stored_as,
-        num_samples=training.num_steps * training.global_batch,
-    )
+    manifest = manifest_of(config, stage, about | {"teacher": teacher.manifest_sha256})
     location = location_of(config, given.name, run_dir=str(given.context.run.path))
     store = Store.open(location, config.data.storage)
     stream = stream_of_stage(config, stage.stage, given.datasets)

@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from conf.schema import LogitsStage, RunConfig
+from conf.schema import DistillationConfig, DistillStage, LogitsStage, RecoverStage, RunConfig, TrainingConfig
+from data.logits import FORMAT_VERSION, LogitsManifest
 from data.shards import Dataset
 from data.stream import mixtures_of
-from recipes.rules_layout import trainings_of
-from recipes.stage_models import distillation_of
+
+
+def learner_of(config: RunConfig, stage: str) -> tuple[TrainingConfig, DistillationConfig]:
+    """How a distilling stage trains and learns, in the order or not: another run may be the one that learns."""
+    learner = config.stages[stage]
+    assert isinstance(learner, RecoverStage | DistillStage), "recipes/rules_distillation.py"
+    return learner.training, learner.distillation
 
 
 def about_text(config: RunConfig, stage: str) -> dict[str, Any]:
     """What decides which samples a distilling stage sees and what is kept of its teacher; of the configuration."""
-    training, distillation = trainings_of(config)[stage], distillation_of(config.stages[stage])
-    assert distillation is not None, "the stage has a teacher"
+    training, distillation = learner_of(config, stage)
     return {
         "stage": stage,
         "seed": config.seed,
@@ -37,6 +42,20 @@ def about_data(datasets: Mapping[str, Dataset], sources: tuple[str, ...]) -> dic
         "tokenizer": next(iter(used.values())).tokenizer_sha256,
         "data": {name: dataset.identity for name, dataset in used.items()},
     }
+
+
+def manifest_of(config: RunConfig, stage: LogitsStage, about: dict[str, Any]) -> LogitsManifest:
+    """The manifest of what a stage writes down, without its parts."""
+    training, distillation = learner_of(config, stage.stage)
+    return LogitsManifest(
+        format_version=FORMAT_VERSION,
+        about=about,
+        vocab_size=config.model.vocab_size,
+        tokens=training.sequence_length,
+        top_k=distillation.top_k,
+        stored_as=stage.stored_as,
+        num_samples=training.num_steps * training.global_batch,
+    )
 
 
 def location_of(config: RunConfig, logits: str, *, run_dir: str) -> str:

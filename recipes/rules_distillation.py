@@ -11,10 +11,11 @@ from conf.errors import DataError, Problem
 from conf.schema import DistillStage, LogitsStage, PruneStage, RunConfig
 from data.logits import MANIFEST_NAME, StoredLogits, differences
 from recipes.machine import Machine
-from recipes.recording import about_text
+from recipes.recording import about_text, learner_of, location_of, manifest_of
 from recipes.rules_compression import with_mesh
-from recipes.rules_layout import trainings_of
+from recipes.rules_layout import mesh_of, nearest_multiples
 from recipes.stage_models import distillation_of, model_of_stage, models_of, stages_of, teacher_of_stage
+from train.quantities import byte_size
 
 
 def hidden_states_are_on_the_same_ranks(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
@@ -60,26 +61,54 @@ def rank_of_layer(layer: int, num_layers: int, config: RunConfig) -> int:
 
 
 def recordings_are_read_by_a_later_stage(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:
-    """What a stage writes down is what a later one reads."""
+    """What a stage writes down is what a later one reads, or one that another run has in its order."""
+    data = mesh_of(config).data
     for name, stage in stages_of(config):
         if not isinstance(stage, LogitsStage):
             continue
         path, learner = f"stages.{name}.stage", config.stages.get(stage.stage)
         distillation = distillation_of(learner) if learner is not None else None
-        if stage.stage not in config.order or distillation is None:
-            possible = ", ".join(other for other, each in stages_of(config) if distillation_of(each)) or "none"
-            yield Problem(path, f"'{stage.stage}' is no stage of the order that distils. Possible: {possible}.")
+        if distillation is None:
+            possible = ", ".join(other for other, each in config.stages.items() if distillation_of(each)) or "none"
+            yield Problem(path, f"'{stage.stage}' is no stage that distils. Possible: {possible}.")
             continue
         earlier = ("init", *config.order[: config.order.index(name)])
         if stage.stage in earlier:
             yield Problem(path, f"'{stage.stage}' comes before '{name}' in order; what it reads must be written first.")
         elif distillation.teacher not in earlier:
-            yield Problem(
-                path, f"the teacher of '{stage.stage}', '{distillation.teacher}', is not made before '{name}'."
-            )
-        elif distillation.logits != name:
+            yield Problem(path, f"its teacher, '{distillation.teacher}', is not made before '{name}'.")
+        elif stage.stage in config.order and distillation.logits != name:
             yield Problem(
                 path, f"'{stage.stage}' does not read it. Set stages.{stage.stage}.distillation.logits={name}."
+            )
+        training = learner_of(config, stage.stage)[0]
+        if distillation.top_k == 0:
+            yield Problem(f"stages.{stage.stage}.distillation.top_k", "is 0, and of all logits none are written down.")
+        if stage.stage not in config.order and training.global_batch % (data * training.micro_batch):
+            multiple = data * training.micro_batch
+            yield Problem(
+                f"stages.{stage.stage}.training.global_batch",
+                f"{training.global_batch} sequences cannot be shared by {data} data ranks in micro-batches of "
+                f"{training.micro_batch}. Nearest: {nearest_multiples(training.global_batch, multiple)}.",
+            )
+
+
+def recordings_fit_on_disk(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What is written down, before compression, fits where it is written to."""
+    for name, stage in stages_of(config):
+        learner = config.stages.get(stage.stage) if isinstance(stage, LogitsStage) else None
+        distillation = distillation_of(learner) if learner is not None else None
+        if not isinstance(stage, LogitsStage) or distillation is None:
+            continue
+        location = location_of(config, name, run_dir=config.runs_dir)
+        manifest = manifest_of(config, stage, {})
+        need = manifest.num_samples * manifest.sample_bytes
+        if "://" not in location and need > (free := machine.free_disk_bytes(Path(location))):
+            yield Problem(
+                f"stages.{name}.location",
+                f"{location} has {byte_size(free)} free, and {manifest.num_samples:,} samples of {manifest.tokens} "
+                f"tokens, {manifest.top_k} logits each, take up to {byte_size(need)}. Lower top_k or the tokens of "
+                f"'{stage.stage}', or set location to another disk or to s3://BUCKET/PATH.",
             )
 
 
@@ -91,7 +120,9 @@ def recordings_exist_and_fit(config: RunConfig, machine: Machine | None = None) 
             continue
         path, logits = f"stages.{name}.distillation", distillation.logits
         if distillation.top_k == 0:
-            yield Problem(f"{path}.top_k", "is 0, and of all logits none are written down. Set it to 64, say.")
+            yield Problem(
+                f"{path}.top_k", "is 0, and all of a teacher's logits are never written down. Set it to 64, say."
+            )
         if distillation.hidden_states is not None:
             yield Problem(
                 f"{path}.hidden_states",
@@ -120,7 +151,8 @@ def _problems_of_recording(config: RunConfig, name: str, path: str, folder: Path
         yield Problem(path, str(error))
         return
     wrong = differences(manifest.about, about_text(config, name), known_only=True)
-    needed = trainings_of(config)[name].num_steps * trainings_of(config)[name].global_batch
+    training = learner_of(config, name)[0]
+    needed = training.num_steps * training.global_batch
     if manifest.num_samples < needed:
         wrong.append(f"it has {manifest.num_samples} samples and {needed} are read")
     if wrong:
@@ -148,5 +180,6 @@ RULES = (
     hidden_states_are_on_the_same_ranks,
     recordings_are_read_by_a_later_stage,
     recordings_exist_and_fit,
+    recordings_fit_on_disk,
 )
 WARNINGS = (shapes_are_those_of_the_grid,)

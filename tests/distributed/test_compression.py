@@ -25,7 +25,6 @@ from parallel.initial import InitialWeights
 from parallel.pruning import PrunedWeights, most_important
 from parallel.weight_importance import magnitude_importance
 from parallel.weight_names import logical_shapes
-from recipes.logits import Recorder
 
 LIMIT_SECONDS = 240.0
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
@@ -135,6 +134,8 @@ def _taught(student: Engine, lesson: Lesson, steps: range = range(STEPS)) -> lis
 
 def _learn_from_recording(layout: Layout, teacher: Engine, pruned: PrunedWeights, folder: str) -> list[StepResult]:
     """Write the teacher's 16 likeliest tokens down, and train on what is read of them."""
+    from recipes.logits import Recorder
+
     samples = GLOBAL_BATCH * STEPS
     manifest = LogitsManifest(
         format_version=1,
@@ -228,7 +229,7 @@ def _with_idle_parts(model: Any, shape: Any) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("logits"))
-    return run_ranks(everything, 4, folder, limit_seconds=LIMIT_SECONDS)[0]
+    return {"folder": folder, **run_ranks(everything, 4, folder, limit_seconds=LIMIT_SECONDS)[0]}
 
 
 @pytest.mark.parametrize("name", [name for name in {**LAYOUTS, **OBSERVED} if name != "one"])
@@ -263,6 +264,19 @@ def test_what_was_written_down_teaches_what_the_teacher_itself_does(found, name)
     online, recorded = found[name]["top 16"], found[name]["recorded"]
     assert [step.loss for step in recorded] == [step.loss for step in online]
     assert [step.metrics for step in recorded] == [step.metrics for step in online]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_what_is_written_down_does_not_depend_on_the_layout(found, name):
+    """So a teacher may write on a mesh of its own, and its students read on theirs."""
+    one, other = (StoredLogits.open(f"{found['folder']}/{each}") for each in ("one", name))
+    samples = np.arange(one.manifest.num_samples)
+    assert len(samples) == GLOBAL_BATCH * STEPS
+    mine, its = other.read(samples), one.read(samples)
+    assert (mine.ids_BSK != its.ids_BSK).mean() < 1e-3, "but where two are equally likely"
+    assert mine.log_probabilities_BSK == pytest.approx(its.log_probabilities_BSK, rel=1e-5, abs=1e-5)
+    one.close()
+    other.close()
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])

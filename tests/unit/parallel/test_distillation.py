@@ -8,6 +8,8 @@ from parallel import loss
 from parallel.distillation import Distillation, read_teacher
 from parallel.divergence import divergence_of
 from parallel.engine import Logits
+from parallel.head import loss_of_hidden
+from parallel.inputs import Inputs
 
 B, S, V = 2, 5, 11
 ALL = slice(None)
@@ -117,14 +119,28 @@ def test_slices_add_up_to_all(monkeypatch, top_k):
 
 
 @pytest.mark.parametrize("top_k", [0, 4])
-def test_no_float32_logits_of_all_tokens_exist_of_the_teacher(monkeypatch, top_k):
+def test_no_float32_logits_of_all_tokens_exist_of_teacher_or_student(monkeypatch, top_k):
+    """Through both heads and back: what torch makes is never larger than a slice, and the sums are those of all."""
     tokens, hidden, vocabulary = 512, 64, 512
-    monkeypatch.setattr(loss, "LOGIT_BYTES", 64 * vocabulary * 4)
-    logits = Logits(torch.randn(1, tokens, hidden), torch.randn(vocabulary, hidden), None)
-    with LargestFloat() as largest:
-        teacher = read_teacher(2.0, top_k)(logits)
-        teacher.at(slice(0, 64))
-    assert 0 < largest.num_bytes <= 64 * vocabulary * 4
+    generator = torch.Generator().manual_seed(3)
+    teacher, states = (torch.randn(1, tokens, hidden, generator=generator) for _ in range(2))
+    heads = [torch.randn(vocabulary, hidden, generator=generator) / 8 for _ in range(2)]
+    labels = torch.arange(tokens).view(1, tokens)
+    inputs = Inputs(labels, labels, torch.ones(1, tokens), labels)
+    found = []
+    for limit in (10**9, 64 * vocabulary * 4):
+        monkeypatch.setattr(loss, "LOGIT_BYTES", limit)
+        student, weight = states.clone().requires_grad_(), torch.nn.Parameter(heads[1].clone())
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(vocabulary, hidden), True
+        with LargestFloat() as largest:
+            lesson = Distillation(teacher=read_teacher(2.0, top_k)(Logits(teacher, heads[0], None)), weight=0.5)
+            sums = loss_of_hidden(lesson, student, weight, inputs, None)
+            sums.loss.backward()
+        found.append((sums.loss.detach(), student.grad, weight.main_grad, largest.num_bytes))
+    (*whole, most), (*sliced, least) = found
+    assert least <= 64 * vocabulary * 4 < most
+    for mine, its in zip(sliced, whole, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
 
 
 def test_other_vocabulary_and_reverse_of_a_few_are_refused():

@@ -12,6 +12,7 @@ from recipes import check, fit
 from recipes.recording import about_text
 from recipes.rules_distillation import rank_of_layer
 from recipes.stage_models import models_of
+from train.quantities import byte_size
 
 STATES = HiddenStatesConfig(layers={0: 1, 3: 3}, distance="cosine", weight=1.0)
 RECORD = LogitsStage(kind="logits", stage="distill", stored_as="fp16", location=None)
@@ -77,12 +78,12 @@ def test_hidden_states_take_memory_that_is_known():
         (
             {"stages__logits__stage": "evaluate"},
             "stages.logits.stage",
-            ["no stage of the order that distils"],
+            ["no stage that distils", "distill"],
         ),
         ({"order": ("specialise", "distill", "logits")}, "stages.logits.stage", ["comes before"]),
         ({"order": ("logits", "specialise", "distill")}, "stages.logits.stage", ["'specialise', is not made before"]),
         ({"stages__distill__distillation__logits": None}, "stages.logits.stage", ["distillation.logits=logits"]),
-        ({"stages__distill__distillation__top_k": 0}, "stages.distill.distillation.top_k", ["none are written down"]),
+        ({"stages__distill__distillation__top_k": 0}, "stages.distill.distillation.top_k", ["never written down"]),
         (
             {"stages__distill__distillation__logits": "prune"},
             "stages.distill.distillation.logits",
@@ -102,6 +103,14 @@ def test_hidden_states_take_memory_that_is_known():
 )
 def test_what_is_written_down_is_what_a_later_stage_reads(values, path, words):
     assert_told(recording(**values), path, *words)
+
+
+def test_a_run_on_the_teachers_own_mesh_may_write_for_another_runs_student():
+    order = ("specialise", "logits", "evaluate")
+    config = recording(order=order, stages__evaluate__models=("specialise",))
+    assert problems_of(layout(config, data=2)) == {}
+    config = changed(config, stages__distill__training__global_batch=6)
+    assert_told(layout(config, data=2), "stages.distill.training.global_batch", "2 data ranks", "Nearest")
 
 
 def test_a_recording_of_other_text_or_too_short_a_one_is_refused_before_launch(tmp_path):
@@ -126,6 +135,13 @@ def test_a_recording_of_other_text_or_too_short_a_one_is_refused_before_launch(t
         ({"stages__distill__training__tokens": 10**6}, "samples and"),
     ):
         assert_told(reading(tmp_path / "good", **values), "stages.distill.distillation.logits", word)
+
+
+def test_a_recording_larger_than_the_disk_is_refused_with_its_size():
+    need = 293 * 8 * 128 * 16 * 4  # steps, samples, tokens, logits, bytes of a value and an id
+    full, roomy = (replace(LAPTOP, free_disk_bytes=lambda path, free=free: free) for free in (need - 1, need))
+    assert_told(recording(), "stages.logits.location", f"take up to {byte_size(need)}", "s3://", machine=full)
+    assert "stages.logits.location" not in problems_of(recording(), roomy)
 
 
 def written(folder, manifest):
