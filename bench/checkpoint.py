@@ -29,7 +29,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conf.schema import EngineConfig, MeshConfig, ModelConfig
+from bench.settings import dense_model, engine_of
 from parallel.engine import Piece
 from train.checkpoint import Checkpoint
 from train.manifest import Provenance
@@ -166,26 +166,8 @@ def distributed_checkpoint(rank: Rank, tensors: dict[str, Tensor], round_number:
 def provenance() -> Provenance:
     """Of no run."""
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads", "head_dim")
-    model = ModelConfig(
-        name="bench",
-        vocab_size=1,
-        max_sequence_length=1,
-        rope_theta=1.0,
-        norm_epsilon=1e-5,
-        init_std=1.0,
-        tied_embeddings=False,
-        **dict.fromkeys(sizes, 1),
-    )
-    engine = EngineConfig(
-        backend="megatron",
-        mesh=MeshConfig(tensor=1, context=1, pipeline=1, virtual_pipeline=1, data=NUM_RANKS),
-        precision="fp32",
-        sequence_parallel=False,
-        zero_stage=0,
-        offload_optimizer="none",
-        overlap=False,
-        recompute="none",
-    )
+    model = dense_model(name="bench", vocab_size=1, max_sequence_length=1, **dict.fromkeys(sizes, 1))
+    engine = engine_of(mesh={"data": NUM_RANKS})
     return Provenance(run="", recipe="", stage="", model=model, engine=engine, tokenizer="0" * 64, data={}, parents=())
 
 

@@ -1,9 +1,9 @@
 """A training step of one model, ours beside others': `python -m bench.step`, on one GPU, or small on a CPU.
 
 On a GPU: Llama-3-8B's layer, 8 layers, 8,192 tokens, a vocabulary of 32k, 8 micro-batches a step, optimizer included,
-one contender after the other. On a CPU: a small model in float32, the contenders taking turns step by step, so that
-ratios hold on a busy machine. Prints medians, TFLOP/s (causal attention counted half), the ratio to the product of
-matrices measured in the same run, memory, and where our step's time goes.
+one contender after the other. On a CPU: a small model in float32 on one core, the contenders taking turns step by step,
+in seconds that the core was theirs, so that ratios hold on a busy machine. Prints medians, TFLOP/s (causal attention
+counted half), the ratio to the product of matrices measured in the same run, memory, and where our step's time goes.
 """
 
 from __future__ import annotations
@@ -83,12 +83,13 @@ def contenders() -> dict[str, Callable[[], Step]]:
 
 
 def time_step(step: Step) -> float:
-    """Seconds of a step, with the device idle before and after."""
+    """Seconds of a step, with the device idle before and after; on a CPU of its one core, whoever else is on it."""
+    clock = time.perf_counter if ON_GPU else time.process_time
     synchronise()
-    started = time.perf_counter()
+    started = clock()
     step()
     synchronise()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def synchronise() -> None:
@@ -140,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--only", nargs="*", default=list(contenders()))
+    parser.add_argument("--only", nargs="*", default=list(contenders()), choices=list(contenders()), metavar="NAME")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1 if not ON_GPU else torch.get_num_threads())
     groups.open_world(groups.host_store(), rank=0, world_size=1)

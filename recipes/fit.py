@@ -16,7 +16,7 @@ from conf.schema import RunConfig
 from parallel.plan.configured import layout_of
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import Layout, Recompute, Sharding
-from parallel.plan.memory import StageMemory
+from parallel.plan.memory import GIB, StageMemory
 from parallel.plan.search import Task, search, smallest_cluster, worst_stage
 from parallel.plan.shapes import Shape, Teacher, shape_of
 from parallel.plan.throughput import StepTime, step_time
@@ -27,6 +27,8 @@ from recipes.rules_layout import trainings_of
 from recipes.stage_models import distillation_of, model_of_stage, models_of, teacher_of_stage
 from train.quantities import byte_size
 
+HOST_BYTES = 200 * GIB
+"""Host memory that a GPU can count on for activations, where it is only advised: eight GPUs in a node of 2 TiB."""
 NOBODY = Machine(cores=1, memory_bytes=0)
 """Rules of layouts do not look at the machine."""
 LAYOUT_RULES = (*rules_layout.RULES, *rules_engine.RULES, *rules_experts.RULES)
@@ -213,6 +215,8 @@ def _change(config: RunConfig, name: str, gpu: Gpu, layout: Layout, below: float
     assert fullest is not None, "the stage itself trains"
     worst = fullest[1]
     if worst.needed > gpu.memory_bytes or memory_of_stage(at, name).needed > below:
+        return None
+    if worst.host_activations > HOST_BYTES:
         return None
     overrides = overrides_to(config, name, layout)
     return Change(overrides=overrides, worst=worst, seconds=step_of_stage(at, name, gpu).seconds)

@@ -62,11 +62,11 @@ def _rows(plan: Plan, stage: StagePlan) -> dict[str, str]:
             f"{stage.layout.global_batch:,} x {stage.layout.sequence:,} tokens, "
             f"{stage.layout.micro_batches} micro-batches of {stage.layout.micro_batch}, {stage.layout.precision}, "
             f"recompute {stage.layout.recompute}"
-            + (", activations in host memory" if stage.layout.offload_activations else "")
         ),
         "memory": (
             f"{byte_size(stage.worst.needed)} of {byte_size(plan.gpu.memory_bytes)} "
             f"(pipeline rank {stage.worst.stage} is the fullest)"
+            + (f", activations of {byte_size(host)} in host memory" if (host := stage.worst.host_activations) else "")
         ),
         "speed": f"{training.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, {percent(training.mfu)} MFU",
         "steps": f"{stage.num_steps:,} of {training.seconds:.2f} s, {count(stage.tokens)} tokens",

@@ -51,6 +51,8 @@ class StageMemory:
     buffers: float
     teacher: float = 0.0
     """Its weights, and its hidden states that are learned from."""
+    host_activations: float = 0.0
+    """In host memory, beside all of the above."""
 
     @property
     def allocated(self) -> float:
@@ -115,6 +117,8 @@ def stage_memory(shape: Shape, layout: Layout, stage: int, teacher: Teacher | No
         logits=logits + (_kept_logit_bytes(teacher, layout) if teacher is not None and is_last else 0.0),
         buffers=_buffers(shape, layout) + max(0.0, walked_back - freed),
         teacher=_states(teacher.shape, layout, stage)[0] + _kept_hidden_bytes(teacher, layout) if teacher else 0.0,
+        host_activations=(layers_in_flight(shape, layout, stage) - layers_on_device(shape, layout, stage))
+        * saved_bytes(shape, layout),
     )
 
 
@@ -177,14 +181,18 @@ def kept_bytes(shape: Shape, layout: Layout, stage: int) -> Kept:
     return Kept(layers, 0.0)
 
 
+def layers_in_flight(shape: Shape, layout: Layout, stage: int) -> float:
+    """Of how many layers, over all micro-batches, one GPU of a stage keeps activations at once."""
+    return chunks_in_flight(layout, stage) * layers_of_stage(shape, layout, stage) / layout.virtual_pipeline
+
+
 def layers_on_device(shape: Shape, layout: Layout, stage: int) -> float:
-    """Of how many layers, over all micro-batches, one GPU of a stage holds activations at once."""
-    in_flight = chunks_in_flight(layout, stage)
-    held = in_flight * layers_of_stage(shape, layout, stage) / layout.virtual_pipeline
+    """Of how many of them on the device itself."""
+    in_flight = layers_in_flight(shape, layout, stage)
     if not layout.offload_activations:
-        return held
+        return in_flight
     # Where other micro-batches are under way, the last ones to go out are there when the first ones come back.
-    return min(held, LAYERS_ON_DEVICE * (1 if in_flight == 1 else 2))
+    return min(in_flight, LAYERS_ON_DEVICE * (1 if chunks_in_flight(layout, stage) == 1 else 2))
 
 
 def recomputed_bytes(shape: Shape, layout: Layout) -> float:

@@ -244,7 +244,8 @@ def _chunks(shape: Shape, layout: Layout) -> list[int]:
 
 
 def worst_stage(shape: Shape, layout: Layout, teacher: Teacher | None = None) -> StageMemory:
-    """Memory of the stage that needs most."""
+    """Memory of the stage that needs most, and the most that any needs of the host."""
     # The first stage holds the most micro-batches, the last the logits; those between are under the first.
-    stages = {0, layout.pipeline - 1}
-    return max((stage_memory(shape, layout, stage, teacher) for stage in stages), key=lambda stage: stage.needed)
+    stages = [stage_memory(shape, layout, stage, teacher) for stage in {0, layout.pipeline - 1}]
+    worst = max(stages, key=lambda stage: stage.needed)
+    return replace(worst, host_activations=max(stage.host_activations for stage in stages))

@@ -14,6 +14,7 @@ import torch
 from bench.settings import OPTIM, dense_model, engine_of, random_batches
 from conf.schema import EngineConfig
 from data.batch import Batch, positions_in_documents
+from parallel import offload
 from parallel.mesh import Mesh
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -81,6 +82,34 @@ def test_bf16_follows_fp32_and_learns_its_batch_by_heart():
 @pytest.mark.parametrize("changes", [{"recompute": "full"}, {"recompute": "selective"}, {"overlap": False}], ids=str)
 def test_saving_memory_or_waiting_does_not_change_the_numbers(changes):
     assert losses(engine_config("bf16", **changes)) == pytest.approx(losses(engine_config("bf16")), abs=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"recompute": "full"}, {"compile": True}, {"backend": "deepspeed"}], ids=str)
+def test_activations_go_to_host_memory_and_come_back(monkeypatch, changes):
+    monkeypatch.setattr(offload, "SMALLEST_BYTES", 0)
+    found = losses(engine_config("bf16", **changes, offload_activations=True))
+    assert found == pytest.approx(losses(engine_config("bf16", **changes)), abs=1e-3)
+
+
+def test_offloaded_activations_leave_the_device():
+    """Peak of a forward and backward pass of a deep model: two layers' activations in place of sixteen's."""
+    from parallel.engine import make_engine
+    from parallel.initial import InitialWeights
+    from parallel.loss import CrossEntropy
+
+    deep, tokens = replace(MODEL, num_layers=16, max_sequence_length=8192), 8192
+    given = random_batches(deep, count=1, rows=2, tokens=tokens)
+    taken = {}
+    for offloaded in (False, True):
+        engine = make_engine(deep, engine_config("bf16", offload_activations=offloaded), OPTIM, MESH, micro_batch=2)
+        engine.load_weights(InitialWeights(deep, 0))
+        engine.step(given, CrossEntropy(), learning_rate=1e-4)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        engine.step(given, CrossEntropy(), learning_rate=1e-4)
+        taken[offloaded] = torch.cuda.max_memory_allocated() - held
+        engine.close()
+    assert taken[True] < taken[False] / 3
 
 
 def test_compiled_layers_take_the_same_steps():

@@ -96,6 +96,7 @@ def test_activations_in_host_memory_cost_what_the_layers_do_not_hide():
         assert after.seconds == pytest.approx(before.seconds + after.host_links)
         held = [stage_memory(LLAMA_8B, each, 0).activations for each in (here, away)]
         assert held[1] < held[0] / 5
+        assert held[1] + stage_memory(LLAMA_8B, away, 0).host_activations == pytest.approx(held[0], rel=0.01)
 
 
 def test_offloaded_activations_are_of_two_layers_or_of_four_under_a_pipeline():

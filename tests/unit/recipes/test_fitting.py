@@ -1,5 +1,7 @@
 """Changes told to somebody who ran out of memory: each of them valid, and fitting by the memory model."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 from check_samples import BIG_DISK, changed, full_size
@@ -58,7 +60,17 @@ def test_every_stage_that_trains_is_advised():
 def test_advice_says_what_is_needed_and_what_would_fit():
     text = advice(large_batch(), STAGE, 80 * GIB)
     assert "and a device has 80.0 GiB" in text
-    assert "engine.offload_activations=true" in text
+    assert "engine.recompute=full" in text
+
+
+def test_host_memory_is_advised_where_there_is_enough_of_it():
+    told = [change.overrides for change in changes_for(large_batch(engine__recompute="selective"), STAGE, 40 * GIB)]
+    assert "engine.offload_activations=true" in told
+    alone = fit.layout_of_stage(large_batch(), STAGE)
+    away = fit.with_layout(large_batch(), STAGE, replace(alone, offload_activations=True))
+    assert fit.memory_of_stage(away, STAGE).needed < 80 * GIB < fit.HOST_BYTES
+    assert fit.memory_of_stage(away, STAGE).host_activations > fit.HOST_BYTES
+    assert not any("offload" in change.overrides for change in changes_for(large_batch(), STAGE, 80 * GIB))
 
 
 def test_advice_where_the_model_sees_no_reason():
