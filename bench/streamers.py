@@ -297,11 +297,9 @@ def measure(reader: str, location: str, part: str, cache: str) -> dict[str, floa
     # Imports are paid once a job and are not what is compared.
     if reader == "mosaic":
         stand_in_for_torchvision()
-    for module in ("obstore", "pyarrow", "botocore.session", "data.stream", "torch", "litdata", "streaming"):
-        try:
-            __import__(module)
-        except ImportError:
-            continue
+    own = {"litdata": ["torch", "litdata"], "mosaic": ["torch", "streaming"]}
+    for module in own.get(reader, ["obstore", "pyarrow", "botocore.session", "data.stream"]):
+        __import__(module)
     import_seconds = cpu_seconds()
     cpu, started = cpu_seconds(), time.perf_counter()
     if part.startswith("workers"):
