@@ -122,6 +122,8 @@ def read_floor(location: str, first: float, cache: str) -> Iterator[np.ndarray]:
     import obstore
     import pyarrow as pa
 
+    from data.tables import numbers
+
     pa.set_cpu_count(1)
     store = s3_store(location)
     paths = sorted(entry["path"] for batch in obstore.list(store, "train/shards") for entry in batch)
@@ -129,7 +131,7 @@ def read_floor(location: str, first: float, cache: str) -> Iterator[np.ndarray]:
         for content in pool.map(lambda path: obstore.get(store, path).bytes(), paths):
             file = pa.ipc.open_file(pa.py_buffer(memoryview(content)))
             for number in range(file.num_record_batches):
-                yield file.get_batch(number).column(0).to_numpy()[: 1 << 18]
+                yield numbers(file.get_batch(number).column(0))[: 1 << 18]
 
 
 def our_stream(location: str, cache: str) -> Any:
