@@ -42,10 +42,12 @@ class Bench:
     Args:
         peers: environment of the peers.
         folder: for caches.
+        tokens: an epoch ends after so many when it is timed.
     """
 
-    def __init__(self, peers: Path | None, folder: Path) -> None:
+    def __init__(self, peers: Path | None, folder: Path, tokens: int) -> None:
         self._peers = peers
+        self._tokens = tokens
         self._folder = folder
         self._truth = folder / "truth.npy"
         self.readers = [reader for reader in READERS if self._is_there(reader)]
@@ -74,16 +76,13 @@ class Bench:
             self._read(reader, part, part, cache)
             if is_cached:
                 self._read(reader, part, f"{part}_warm", cache)
-        elif part.startswith("workers") and reader not in ("floor", "ours_batches"):
-            shutil.rmtree(cache, ignore_errors=True)
-            self._read(reader, part, part, cache)
-        elif part == "cold":
+        elif part == "cold" or (part.startswith("workers") and reader not in ("floor", "ours_batches")):
             shutil.rmtree(cache, ignore_errors=True)
             self._read(reader, part, part, cache)
         elif part == "warm" and is_cached:
             # What `cold` left, else what a look at an epoch leaves.
             if not cache.exists():
-                self._read(reader, "cold", "filling", cache)
+                self._read(reader, part, "filling", cache)
             self._read(reader, part, part, cache)
         elif part == "check" and reader != "floor":
             shutil.rmtree(cache, ignore_errors=True)
@@ -102,10 +101,16 @@ class Bench:
             return
         result = json.loads(lines[-1].removeprefix("RESULT "))
         self.results.setdefault((reader, label), []).append(result)
+        print(
+            reader,
+            label,
+            {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()},
+            flush=True,
+        )
 
     def _child(self, reader: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `bench.streamers` in the environment of a reader."""
-        environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "BENCH_TOKENS": str(self._tokens)}
         command = [self._python(reader), "-m", "bench.streamers", *arguments]
         root = Path(__file__).parents[1]
         try:
@@ -216,6 +221,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--readers", nargs="*", choices=READERS, default=READERS)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=10**9, help="time no more of an epoch than this")
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import servers
@@ -232,7 +238,7 @@ def main() -> None:
                 AWS_REGION="us-east-1",
                 AWS_DEFAULT_REGION="us-east-1",
             )
-            bench = Bench(options.peers, folder)
+            bench = Bench(options.peers, folder, options.tokens)
             bench.readers = [reader for reader in bench.readers if reader in options.readers]
             bench.write()
             for number in range(options.rounds):

@@ -24,6 +24,7 @@ SHARD_BYTES = 32 << 20
 BATCH = 32
 VOCABULARY = 50_001
 CHUNK = LENGTH * 2048
+TIMED_TOKENS = int(os.environ.get("BENCH_TOKENS", 10**9))
 NUM_CHUNKS = 24
 """100.7M tokens: whole windows of our shuffle, so that a pass can be told from the next when samples are checked."""
 
@@ -121,6 +122,8 @@ def read_floor(location: str, first: float, cache: str) -> Iterator[np.ndarray]:
     import obstore
     import pyarrow as pa
 
+    from data.tables import numbers
+
     pa.set_cpu_count(1)
     store = s3_store(location)
     paths = sorted(entry["path"] for batch in obstore.list(store, "train/shards") for entry in batch)
@@ -128,7 +131,7 @@ def read_floor(location: str, first: float, cache: str) -> Iterator[np.ndarray]:
         for content in pool.map(lambda path: obstore.get(store, path).bytes(), paths):
             file = pa.ipc.open_file(pa.py_buffer(memoryview(content)))
             for number in range(file.num_record_batches):
-                yield file.get_batch(number).column(0).to_numpy()[: 1 << 18]
+                yield numbers(file.get_batch(number).column(0))[: 1 << 18]
 
 
 def our_stream(location: str, cache: str) -> Any:
@@ -157,8 +160,8 @@ def read_ours(location: str, first: float, cache: str) -> Iterator[np.ndarray]:
     steps = stream.samples_in_epoch("bench") // BATCH
     for step in range(int(steps * first), steps):
         yield stream.rows(step, 0, BATCH)
-    storage, _ = stream.counters()
-    report(bytes_read=storage["bytes"], requests=storage["requests"])
+        storage, _ = stream.counters()
+        report(bytes_read=storage["bytes"], requests=storage["requests"])
 
 
 def read_ours_no_disk(location: str, first: float, cache: str) -> Iterator[np.ndarray]:
@@ -297,11 +300,9 @@ def measure(reader: str, location: str, part: str, cache: str) -> dict[str, floa
     # Imports are paid once a job and are not what is compared.
     if reader == "mosaic":
         stand_in_for_torchvision()
-    for module in ("obstore", "pyarrow", "botocore.session", "data.stream", "torch", "litdata", "streaming"):
-        try:
-            __import__(module)
-        except ImportError:
-            continue
+    own = {"litdata": ["torch", "litdata"], "mosaic": ["torch", "streaming"]}
+    for module in own.get(reader, ["obstore", "pyarrow", "botocore.session", "data.stream"]):
+        __import__(module)
     import_seconds = cpu_seconds()
     cpu, started = cpu_seconds(), time.perf_counter()
     if part.startswith("workers"):
@@ -311,16 +312,20 @@ def measure(reader: str, location: str, part: str, cache: str) -> dict[str, floa
         place = {"resume50": 0.5, "resume99": 0.99}.get(part.partition("_")[0], 0.0)
         arrays = globals()[f"read_{reader}"](location, place, cache)
         counts = (array.size if reader == "floor" else array.size // LENGTH for array in arrays)
-    first_seconds, samples = 0.0, 0
+    first_seconds, first_cpu, samples = 0.0, 0.0, 0
     for count in counts:
         samples += count
         if not first_seconds and samples >= BATCH:
             first_seconds = time.perf_counter() - started
+            first_cpu = cpu_seconds() - cpu
             if part.startswith("resume"):
                 break
+        if samples * (1 if reader == "floor" else LENGTH) >= TIMED_TOKENS:
+            break
     del counts
     return {
         "first_seconds": first_seconds,
+        "first_cpu_seconds": first_cpu,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": cpu_seconds() - cpu,
         "import_cpu_seconds": import_seconds,

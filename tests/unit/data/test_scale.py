@@ -161,3 +161,41 @@ def test_each_data_rank_reads_few_blocks_and_no_two_the_same(big: Stream) -> Non
         for block in np.unique(plan.first_tokens[:steps] // BLOCK_TOKENS).tolist():
             assert owners.setdefault(block, rank) == rank
     assert len(owners) <= 8 * 32
+
+
+NUM_READERS = 2048
+STEP_SECONDS = NUM_READERS * 8192 / 2.3e6
+"""Of 2,048 rows of 8,192 tokens at the 2.3M tokens/s of as many GPUs."""
+GETS_PER_SECOND = 5500
+"""What S3 gives a prefix; all shards of a dataset are under one."""
+
+
+def test_two_thousand_readers_stay_inside_the_request_rate_of_a_prefix(
+    big: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = big._sources[0].dataset
+    requests: list[int] = []
+    monkeypatch.setattr(dataset, "expect", lambda split, numbers: requests.extend(numbers))
+    spec = dataclasses.replace(
+        big.spec, global_batch=NUM_READERS, shuffle=ShuffleConfig(lanes=NUM_READERS, readahead_blocks=16)
+    )
+    some = range(0, NUM_READERS, 256)
+    num_steps = 2 * 1024  # two windows of 32 blocks with 32 samples each
+    per_step = np.zeros(num_steps, np.int64)
+    asked: list[int] = []
+    for rank in some:
+        stream = Stream({"big": dataset}, spec)
+        for step in range(num_steps):
+            plan = stream._planned(step, rank, 1)
+            stream._read_ahead(plan, step - plan.first_step)
+            per_step[step] += len(requests)
+            asked += requests
+            requests.clear()
+    assert len(set(asked)) == len(asked), "a block is asked for once"
+    per_second = per_step * (NUM_READERS / len(some)) / STEP_SECONDS
+    start_up, busiest, mean = per_second[0], per_second[1:].max(), per_second[1:].mean()
+    print(f"GET/s: mean {mean:.1f}, busiest step {busiest:.0f}; at the start {per_step[0] / len(some):.0f} a reader")
+    # 262,144 tokens a block, each read once; the first step asks for what is read ahead as well.
+    assert mean < 1.1 * 2.3e6 / BLOCK_TOKENS
+    assert busiest < GETS_PER_SECOND / 10
+    assert start_up * STEP_SECONDS / GETS_PER_SECOND < 10, "seconds until all readers have what they read ahead"
