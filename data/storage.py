@@ -72,6 +72,8 @@ class _Backend(Protocol):
 
     def sizes(self, folder: str) -> dict[str, int]: ...
 
+    def listing(self, folder: str) -> dict[str, tuple[int, str]]: ...
+
     def write(self, name: str, content: bytes) -> None: ...
 
     def delete(self, name: str) -> None: ...
@@ -163,6 +165,14 @@ class Store:
         """
         return self._persist(folder, lambda: self._backend.sizes(folder))
 
+    def listing(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Name -> bytes and version (ETag or time of change) of all objects in a folder below.
+
+        Raises:
+            DataError: the storage refuses or does not answer.
+        """
+        return self._persist(folder, lambda: self._backend.listing(folder))
+
     def write(self, name: str, content: bytes) -> None:
         """Put an object: whole, or not at all.
 
@@ -216,6 +226,10 @@ class _Files:
         with _explained_file(self._root / folder):
             found = (self._root / folder).rglob("*")
             return {path.relative_to(self._root).as_posix(): path.stat().st_size for path in found if path.is_file()}
+
+    def listing(self, folder: str) -> dict[str, tuple[int, str]]:
+        sizes = self.sizes(folder)
+        return {name: (size, str((self._root / name).stat().st_mtime_ns)) for name, size in sizes.items()}
 
     def write(self, name: str, content: bytes) -> None:
         path = self._root / name
@@ -287,6 +301,13 @@ class _Objects:
         with _explained_object(self._location, folder):
             batches = obstore.list(self._opened(), prefix=folder or None)
             return {str(entry["path"]): int(entry["size"]) for batch in batches for entry in batch}
+
+    def listing(self, folder: str) -> dict[str, tuple[int, str]]:
+        import obstore
+
+        with _explained_object(self._location, folder):
+            entries = [entry for batch in obstore.list(self._opened(), prefix=folder or None) for entry in batch]
+        return {str(entry["path"]): (int(entry["size"]), str(entry["e_tag"])) for entry in entries}
 
     def write(self, name: str, content: bytes) -> None:
         import obstore
