@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from conf.errors import DataError
@@ -38,6 +39,15 @@ class InputFile:
 
     def __str__(self) -> str:
         return f"{self.folder}/{self.object}"
+
+    def to_json(self) -> str:
+        """For a process elsewhere."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> InputFile:
+        """The inverse of `to_json`."""
+        return cls(**json.loads(text))
 
     def open(self, storage: StorageConfig | None = None) -> io.BufferedIOBase:
         """The file, to be read.
