@@ -151,14 +151,21 @@ class PieceReader:
         except UnicodeDecodeError:
             return Record(None, self.num_lines, None)
         except ValueError as error:
-            raise DataError(f"{self._place()}: not JSON ({error}). A jsonl file has one object a line.") from error
+            raise DataError(f"{self._line()}: not JSON ({error}). A jsonl file has one object a line.") from error
         if not isinstance(record, dict) or not isinstance(text := record.get(self._field), str):
-            raise DataError(f"{self._place()}: no string under '{self._field}'. Name the right key with --text-field.")
+            raise DataError(f"{self._line()}: no string under '{self._field}'. Name the right key with --text-field.")
         given = str(record["id"]) if "id" in record else None
         # An escaped half of a surrogate pair is JSON and not text.
         return Record(given, self.num_lines, text if _is_text(text) else None)
 
-    def _place(self) -> str:
+    def place(self, record: Record) -> str:
+        """The file, and the line or row of the record that was read last."""
+        form, _ = _form(self._piece.file)
+        if form == "jsonl":
+            return self._line()
+        return str(self._piece.file) + (f": row {record.row}" if form == "parquet" else "")
+
+    def _line(self) -> str:
         """The file and the number of the line that was read last."""
         before, left = 0, self._piece.first
         with self._piece.file.open(self._storage) as stream:
@@ -201,15 +208,15 @@ def documents(file: InputFile, text_field: str, storage: StorageConfig | None = 
     Raises:
         DataError: the file cannot be read as what its name says; names the file and the line.
     """
-    for record in PieceReader(Piece(file), text_field, storage):
+    reader = PieceReader(Piece(file), text_field, storage)
+    for record in reader:
         if record.text is None:
-            raise not_utf8(file, record.row)
+            raise not_utf8(reader.place(record))
         yield Document(record.id if record.id is not None else f"{file.name}:{record.row}", record.text)
 
 
-def not_utf8(file: InputFile, row: int) -> DataError:
+def not_utf8(place: str) -> DataError:
     """The refusal of a record whose text is not UTF-8."""
-    place = f"{file}" if _form(file)[0] == "text" else f"{file}: row or line {row}"
     return DataError(f"{place}: not UTF-8 text. Convert it, leave it out, or have such documents dropped and counted "
                      "(--invalid-utf8 drop).")  # fmt: skip
 

@@ -151,7 +151,7 @@ def process(job: Job, unit_json: str) -> str:
         reader = PieceReader(piece, job.text_field, job.storage)
         for record in reader:
             if record.text is None and job.steps.invalid_utf8 == "refuse":
-                raise not_utf8(piece.file, record.row)
+                raise not_utf8(reader.place(record))
             work.add(number, record.id, record.row, record.text)
         num_lines.append(reader.num_lines)
     table = work.finish().replace_schema_metadata({"num_lines": json.dumps(num_lines)})

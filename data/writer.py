@@ -127,7 +127,7 @@ class IndexWriter:
                 self._write_part(split, index)
             roots.append(root_bytes(index.part_rows))
             self._store.write(root_name(split), roots[-1])
-            totals[split] = Totals(**{name: _sum(index.part_rows, name) for name in Totals.__dataclass_fields__})
+            totals[split] = totals_of(index.part_rows)
         facts = self._facts
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -317,6 +317,11 @@ def _overlaps(row: dict[str, object], first: int, after: int) -> bool:
     start, count = row["first_token"], row["num_tokens"]
     assert isinstance(start, int) and isinstance(count, int)
     return start < after and start + count > first
+
+
+def totals_of(rows: Sequence[dict[str, object]]) -> Totals:
+    """What the rows of a root add up to."""
+    return Totals(**{name: _sum(rows, name) for name in Totals.__dataclass_fields__})
 
 
 def _sum(rows: Sequence[dict[str, object]], name: str) -> int:
