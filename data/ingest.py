@@ -23,7 +23,7 @@ from conf.errors import DataError
 from conf.schema import StorageConfig
 from data.index import MANIFEST_NAME, SPLITS, InputRecord, Split, documents_name
 from data.inputs import InputFile, input_files
-from data.near import BANDS, ROWS, SHINGLE_WORDS
+from data.near import BANDS, MIN_SIMILARITY, ROWS, SHINGLE_WORDS
 from data.overlap import RUN_WORDS, Evaluation, evaluation_texts
 from data.report import REPORT_NAME, Report
 from data.runners import HERE_BYTES, Runner, ray_runner, run_here
@@ -187,7 +187,7 @@ def _made_with(wanted: Ingestion, job: Job) -> dict[str, object]:
     libraries = ("tokenizers", "pyarrow", "rensa", "py3langid")
     return {
         "steps": asdict(wanted.steps),
-        "near_duplicates": {"words": SHINGLE_WORDS, "bands": BANDS, "rows": ROWS},
+        "near_duplicates": {"words": SHINGLE_WORDS, "bands": BANDS, "rows": ROWS, "similarity": MIN_SIMILARITY},
         "decontaminate": {"words": RUN_WORDS, "against": list(wanted.decontaminate)},
         "held_out_fraction": wanted.held_out_fraction,
         "tokenizer_sha256": job.facts.tokenizer_sha256,

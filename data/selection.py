@@ -1,6 +1,6 @@
 """Which of all documents make up the dataset, and which of them each shard holds: decided over all of them, in order.
 
-Held in memory: 24 bytes a document, and 8 bytes for each of its 14 keys where near-duplicates are looked for.
+Held in memory: some 50 bytes a document, and 224 more where near-duplicates are looked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from data.documents import is_held_out
 from data.index import SPLITS, Split, table_bytes
-from data.near import BANDS, first_of_equals, first_of_near
+from data.near import BANDS, SKETCH_BYTES, Keys, Sketches, first_of_equals, first_of_near
 from data.report import Report
 from data.storage import MissingObjectError, Store
 from data.units import Job, Unit, read_tokens, read_unit, tokens_name, unit_name
@@ -86,24 +86,28 @@ class Selection:
 
     @classmethod
     def of(
-        cls, digests: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64] | None, forgotten: npt.NDArray[np.bool_]
+        cls,
+        digests: npt.NDArray[np.uint64],
+        near: tuple[Keys, Sketches] | None,
+        forgotten: npt.NDArray[np.bool_],
     ) -> Selection:
         """Decide.
 
         Args:
             digests: uint64 of shape (candidates, 2).
-            keys: as from `near.band_keys`; None: near-duplicates are kept.
+            near: as from `near.signatures`; None: near-duplicates are kept.
             forgotten: whether a document of this id was forgotten; then so are those that are equal to it or near it.
         """
         count = len(digests)
         verdicts = np.zeros(count, np.int8)
         equal = first_of_equals(digests)
         representatives = equal
-        if keys is not None:
+        if near is not None:
+            keys, sketches = near
             first = np.flatnonzero(equal == np.arange(count))
-            near = np.arange(count)
-            near[first] = first[first_of_near(keys[first])]
-            representatives = near[equal]
+            group = np.arange(count)
+            group[first] = first[first_of_near(keys[first], sketches[first])]
+            representatives = group[equal]
             verdicts[representatives != equal] = NEAR_DUPLICATE
         verdicts[equal != np.arange(count)] = DUPLICATE
         gone = np.zeros(count, bool)
@@ -116,7 +120,7 @@ def select(
     store: Store, units: Sequence[Unit], tombstones: frozenset[str], report: Report, *, near_duplicates: bool
 ) -> Selection:
     """Decide over all documents; the report gets those that were dropped before, and how many there are."""
-    digests, keys, forgotten = [], [], []
+    digests, keys, sketches, forgotten = [], [], [], []
     met: set[str] = set()
     for documents in unit_documents(store, units):
         report.add_unit(documents.table, documents.ids, documents.sources, documents.rows)
@@ -126,13 +130,21 @@ def select(
             # One that repeats an earlier one of its unit has none, and needs none.
             bands = kept.column("bands").fill_null(bytes(8 * BANDS))
             keys.append(_words(bands, BANDS))
+            sketch = b"".join(kept.column("sketch").fill_null(bytes(SKETCH_BYTES)).to_pylist())
+            sketches.append(np.frombuffer(sketch, np.uint8).reshape(-1, SKETCH_BYTES))
         here = np.array([documents.ids[place] in tombstones for place in documents.candidates], bool)
         met.update(documents.ids[place] for place in documents.candidates[here])
         forgotten.append(here)
     report.tombstones_unmet = sorted(tombstones - met)
+    near = None
+    if near_duplicates:
+        near = (
+            np.concatenate([np.zeros((0, BANDS), np.uint64), *keys]),
+            np.concatenate([np.zeros((0, SKETCH_BYTES), np.uint8), *sketches]),
+        )
     return Selection.of(
         np.concatenate([np.zeros((0, 2), np.uint64), *digests]),
-        np.concatenate([np.zeros((0, BANDS), np.uint64), *keys]) if near_duplicates else None,
+        near,
         np.concatenate([np.zeros(0, bool), *forgotten]),
     )
 

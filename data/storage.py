@@ -23,6 +23,7 @@ from conf.schema import StorageConfig
 from data.retry import Backoff
 
 SCHEMES = ("file", "s3", "gs", "az")
+DENIED = ("AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 CONNECT_SECONDS = 5
 CREDENTIAL_MINUTES = 10
 """Credentials are asked for again after this, or before they end where they say when."""
@@ -429,7 +430,8 @@ class _explained_object:
             raise problem from error
         if isinstance(error, exceptions.NotFoundError | FileNotFoundError):
             raise MissingObjectError(f"{self._name}: cannot be read, there is no such object.") from error
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        # A refused listing comes as an error of no kind, with the provider's code in its text.
+        if code in DENIED or isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
             raise DataError(
                 f"{self._name}: access denied ({code or _first_line(error)}). The credentials in use must be allowed "
                 "to list, get and, for preparing, put objects there."

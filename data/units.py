@@ -22,7 +22,7 @@ from conf.schema import StorageConfig
 from data.documents import Piece, PieceReader, not_utf8, pieces
 from data.index import FORMAT_VERSION, table_bytes
 from data.inputs import InputFile
-from data.near import BANDS, band_keys
+from data.near import BANDS, SKETCH_BYTES, signatures
 from data.overlap import Evaluation
 from data.steps import Dropped, Judge, Kept, Steps
 from data.storage import Store
@@ -46,13 +46,14 @@ UNIT_SCHEMA = pa.schema(
         ("detail", pa.string()),
         ("digest", pa.binary(16)),
         ("bands", pa.binary(8 * BANDS)),
+        ("sketch", pa.binary(SKETCH_BYTES)),
         ("block", pa.int32()),
         ("place", pa.int32()),
         ("num_tokens", pa.int64()),
     ]
 )
 """Documents of a unit. `reason` is empty for those that may be kept; `block` is -1 for one that repeats an earlier one
-of its unit, which is dropped later with the others; `bands` is null where near-duplicates are kept."""
+of its unit, which is dropped later with the others; `bands` and `sketch` are null where near-duplicates are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,9 +233,9 @@ class _UnitWork:
     def _tokenise(self) -> None:
         kept = [verdict for _, verdict in self._batch]
         if kept and self._tools.steps.near_duplicates:
-            keys = band_keys([verdict.words for verdict in kept if verdict.words is not None])
-            for (record, _), row in zip(self._batch, keys, strict=True):
-                record["bands"] = row.tobytes()
+            keys, sketches = signatures([verdict.words for verdict in kept if verdict.words is not None])
+            for (record, _), row, sketch in zip(self._batch, keys, sketches, strict=True):
+                record |= {"bands": row.tobytes(), "sketch": sketch.tobytes()}
         for (record, _), tokens in zip(self._batch, self._encoded(kept), strict=True):
             record |= {"block": self._num_blocks, "place": len(self._tokens), "num_tokens": len(tokens)}
             self._tokens.append(tokens)

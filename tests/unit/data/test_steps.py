@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import DataError
-from data.near import band_keys, first_of_equals, first_of_near
+from data.near import SKETCH_BYTES, first_of_equals, first_of_near, signatures
 from data.overlap import RUN_WORDS, Evaluation
 from data.quality import QualityRules, broken_rule
 from data.steps import ALL_STEPS, Dropped, Judge, Kept, Steps, check_languages, in_form, language_of
@@ -29,9 +29,9 @@ def some_text(seed: int, words: int = 400) -> list[str]:
     return [WORDS[number] for number in np.random.default_rng(seed).integers(0, len(WORDS), words)]
 
 
-def keys_of(texts: list[str]) -> np.ndarray:
+def groups_of(texts: list[str]) -> np.ndarray:
     words = WordHashes()
-    return band_keys([words.of(text) for text in texts])
+    return first_of_near(*signatures([words.of(text) for text in texts]))
 
 
 @FEW
@@ -79,7 +79,11 @@ def test_groups_are_what_shared_keys_connect(rows: list[list[int]]) -> None:
             for other, theirs in enumerate(rows):
                 if any(a == b != 0 for a, b in zip(mine, theirs, strict=True)):
                     expected[one] = min(expected[one], expected[other])
-    assert first_of_near(keys).tolist() == expected
+    same = np.zeros((len(rows), SKETCH_BYTES), np.uint8)
+    assert first_of_near(keys, same).tolist() == expected
+    unlike = np.arange(len(rows) * SKETCH_BYTES, dtype=np.int64).reshape(-1, SKETCH_BYTES).astype(np.uint8)
+    unlike ^= np.arange(len(rows), dtype=np.uint8)[:, None]
+    assert first_of_near(keys, unlike).tolist() == list(range(len(rows)))
 
 
 def test_near_duplicates_are_found_and_others_are_not() -> None:
@@ -90,10 +94,14 @@ def test_near_duplicates_are_found_and_others_are_not() -> None:
         for place in np.random.default_rng(1000 + seed).integers(0, len(words), 3):
             words[place] = "changed"  # up to 15 of 396 runs of five words: Jaccard similarity of 0.93 or more
         planted.append(" ".join(words))
-    group = first_of_near(keys_of(texts + planted))
+    group = groups_of(texts + planted)
     assert (group[:60] == np.arange(60)).all()
     assert (group[60:] == np.arange(60)).sum() >= 58  # 1 - (1 - 0.93^8)^14 = 0.9999
-    assert first_of_near(keys_of(["", "... !", "one", "two"])).tolist() == [0, 1, 2, 3]
+    # Pages of one template: a third of the text is their own, a similarity of 0.5.
+    template = some_text(5000, 270)
+    pages = [" ".join(template + some_text(6000 + page, 130)) for page in range(60)]
+    assert (groups_of(pages) == np.arange(60)).sum() >= 59
+    assert groups_of(["", "... !", "one", "two"]).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
