@@ -142,12 +142,12 @@ def _make(wanted: Ingestion, place: _Place, files: Sequence[InputFile], steady: 
     names = set()
     for plan in plans:
         entry = entry_from_json(shards[plan])
-        split: Split = "train" if entry.path.startswith("train/") else "held_out"
-        index.add(split, entry)
+        split_of_entry: Split = "train" if entry.path.startswith("train/") else "held_out"
+        index.add(split_of_entry, entry)
         names |= {entry.path, documents_name(entry.path)}
-    for folder in (f"{split}/{kind}" for split in SPLITS for kind in ("shards", "documents")):
-        # What an earlier attempt with other options left.
-        for name in store.sizes(folder).keys() - names:
+    for split in SPLITS:
+        # What an earlier attempt left: shards of other options, half-written files.
+        for name in store.sizes(split).keys() - names:
             store.delete(name)
     lineage = [InputRecord(path=file.name, num_bytes=file.num_bytes, sha256=hashed[file.to_json()]) for file in files]
     duplicates = report.dropped["duplicate"].documents if "duplicate" in report.dropped else 0
