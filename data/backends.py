@@ -38,6 +38,10 @@ class Backend(Protocol):
         """Name -> bytes of all objects in a folder."""
         ...
 
+    def listing(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Name -> bytes and version (ETag or time of change) of all objects in a folder."""
+        ...
+
     def write(self, name: str, content: bytes) -> None:
         """Put an object: whole, or not at all."""
         ...

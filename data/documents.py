@@ -1,4 +1,8 @@
-"""Documents out of files: text (one a file), jsonl and parquet, plain or compressed with gzip or zstd."""
+"""Documents out of files: text (one a file), jsonl and parquet, plain or compressed with gzip or zstd; local or stored.
+
+A file is read in pieces, so that one of any size is the work of many: row groups of parquet, lines of plain jsonl that
+begin in a range of bytes. Compressed files and texts are one piece each.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +11,22 @@ import hashlib
 import io
 import json
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conf.errors import DataError
-from data.corpora import is_shipped, shipped
+from conf.schema import StorageConfig
+from data.inputs import InputFile, input_files
 
 HASH_BYTES = 16
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 JSON_LINES = (".jsonl", ".ndjson")
+ROWS_AT_ONCE = 1024
 
-
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """A file to read documents from.
-
-    Attributes:
-        path: where it is.
-        name: its path as recorded in the lineage and in document ids: relative to the input it was found under.
-    """
-
-    path: Path
-    name: str
+__all__ = ["Document", "InputFile", "Piece", "PieceReader", "Record", "content_hash", "documents", "input_files"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +35,30 @@ class Document:
 
     id: str
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document as it stands in its file.
+
+    Attributes:
+        id: the name it has there; None: it has none, and is called by its row.
+        row: row of parquet, from 0; line of jsonl within the piece, from 1; 0 for a text.
+        text: None where it is not UTF-8.
+    """
+
+    id: str | None
+    row: int
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a file: row groups [first, end) of parquet, bytes [first, end) of plain jsonl, else all of it."""
+
+    file: InputFile
+    first: int = 0
+    end: int | None = None
 
 
 def normalised(text: str) -> str:
@@ -58,101 +76,202 @@ def is_held_out(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def input_files(inputs: Sequence[str]) -> list[InputFile]:
-    """The files of paths, folders and `shipped:NAME`s, each folder in the order of its names.
+def pieces(file: InputFile, num_bytes: int, storage: StorageConfig | None = None) -> list[Piece]:
+    """A file in pieces of about so many bytes, in order; the same whoever reads them.
 
     Raises:
-        DataError: an input is missing or an empty folder.
+        DataError: it is parquet by its name and has no readable footer.
     """
-    files: list[InputFile] = []
-    for location in inputs:
-        path = shipped(location, ".parquet") if is_shipped(location) else Path(location).expanduser()
-        if path.is_file():
-            files.append(InputFile(path, path.name))
-            continue
-        if not path.is_dir():
+    form, compression = _form(file)
+    if compression or form == "text" or file.num_bytes <= num_bytes:
+        return [Piece(file)]
+    if form == "jsonl":
+        starts = range(0, file.num_bytes, num_bytes)
+        return [Piece(file, start, min(start + num_bytes, file.num_bytes)) for start in starts]
+    with _explained(file), file.open(storage) as stream:
+        metadata = pq.ParquetFile(stream).metadata
+        sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    found, first, size = [], 0, 0
+    for group, group_bytes in enumerate(sizes):
+        size += group_bytes
+        if size >= num_bytes or group + 1 == len(sizes):
+            found.append(Piece(file, first, group + 1))
+            first, size = group + 1, 0
+    return found or [Piece(file)]
+
+
+class PieceReader:
+    """The records of a piece, in its order, one at a time.
+
+    Attributes:
+        num_lines: lines of jsonl read so far; 0 for other forms. The lines of the pieces before make a line's number.
+    """
+
+    def __init__(self, piece: Piece, text_field: str, storage: StorageConfig | None = None) -> None:
+        self.num_lines = 0
+        self._piece = piece
+        self._field = text_field
+        self._storage = storage
+
+    def __iter__(self) -> Iterator[Record]:
+        """Iterate.
+
+        Raises:
+            DataError: the file cannot be read as what its name says; names the file and the line.
+        """
+        file = self._piece.file
+        form, compression = _form(file)
+        with _explained(file), file.open(self._storage) as plain, _unpacked(plain, compression) as stream:
+            if form == "parquet":
+                # Parquet is read from its end, where a compressed stream cannot go.
+                yield from self._parquet(io.BytesIO(stream.read()) if compression else stream)
+            elif form == "jsonl":
+                yield from self._json_lines(stream)
+            else:
+                yield Record(file.name, 0, _decoded(stream.read()))
+
+    def _json_lines(self, stream: io.BufferedIOBase) -> Iterator[Record]:
+        position, end = self._piece.first, self._piece.end
+        if position:
+            # A line belongs to the piece it begins in.
+            stream.seek(position - 1)
+            position += len(stream.readline()) - 1
+        while end is None or position < end:
+            line = stream.readline()
+            if not line:
+                return
+            position += len(line)
+            self.num_lines += 1
+            if line.strip():
+                yield self._json_record(line)
+
+    def _json_record(self, line: bytes) -> Record:
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            return Record(None, self.num_lines, None)
+        except ValueError as error:
+            raise DataError(f"{self._line()}: not JSON ({error}). A jsonl file has one object a line.") from error
+        if not isinstance(record, dict) or not isinstance(text := record.get(self._field), str):
+            raise DataError(f"{self._line()}: no string under '{self._field}'. Name the right key with --text-field.")
+        given = str(record["id"]) if "id" in record else None
+        # An escaped half of a surrogate pair is JSON and not text.
+        return Record(given, self.num_lines, text if _is_text(text) else None)
+
+    def place(self, record: Record) -> str:
+        """The file, and the line or row of the record that was read last."""
+        form, _ = _form(self._piece.file)
+        if form == "jsonl":
+            return self._line()
+        return str(self._piece.file) + (f": row {record.row}" if form == "parquet" else "")
+
+    def _line(self) -> str:
+        """The file and the number of the line that was read last."""
+        before, left = 0, self._piece.first
+        with self._piece.file.open(self._storage) as stream:
+            while left and (chunk := stream.read(min(left, 1 << 20))):
+                before += chunk.count(b"\n")
+                left -= len(chunk)
+            if self._piece.first and chunk[-1:] != b"\n":
+                before += 1
+        return f"{self._piece.file}:{before + self.num_lines}"
+
+    def _parquet(self, stream: io.BufferedIOBase) -> Iterator[Record]:
+        file, field = self._piece.file, self._field
+        parquet = pq.ParquetFile(stream, pre_buffer=True)
+        columns = parquet.schema_arrow.names
+        if field not in columns:
             raise DataError(
-                f"{location}: there is no such file or folder. Give text, jsonl or parquet, or shipped:NAME."
+                f"{file}: no column '{field}' among {', '.join(columns)}. Name the right one with --text-field."
             )
-        found = [
-            InputFile(file, file.relative_to(path).as_posix())
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-        if not found:
-            raise DataError(f"{location}: the folder holds no files. Give text, jsonl or parquet.")
-        files += found
-    return files
+        wanted = [field, "id"] if "id" in columns and field != "id" else [field]
+        groups = range(self._piece.first, parquet.num_row_groups if self._piece.end is None else self._piece.end)
+        row = sum(parquet.metadata.row_group(group).num_rows for group in range(self._piece.first))
+        for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=list(groups), columns=wanted):
+            texts = _texts(batch.column(field))
+            ids = batch.column("id").to_pylist() if "id" in batch.schema.names else [None] * len(texts)
+            for text, given in zip(texts, ids, strict=True):
+                if not isinstance(text, str | bytes):
+                    raise DataError(f"{file}: row {row} has no text in column '{field}'. Fill it or leave it out.")
+                yield Record(None if given is None else str(given), row, _decoded(text))
+                row += 1
 
 
-def documents(file: InputFile, text_field: str) -> Iterator[Document]:
+def documents(file: InputFile, text_field: str, storage: StorageConfig | None = None) -> Iterator[Document]:
     """The documents of a file, in its order, one at a time.
 
     Args:
         file: `.parquet`, `.jsonl`/`.ndjson`, or anything else as one UTF-8 text; each may be `.gz` or `.zst`.
         text_field: column or key of the text; `id` names the document where there is one.
+        storage: how storage is spoken to.
 
     Raises:
         DataError: the file cannot be read as what its name says; names the file and the line.
     """
-    name = file.path.name.lower()
+    reader = PieceReader(Piece(file), text_field, storage)
+    for record in reader:
+        if record.text is None:
+            raise not_utf8(reader.place(record))
+        yield Document(record.id if record.id is not None else f"{file.name}:{record.row}", record.text)
+
+
+def not_utf8(place: str) -> DataError:
+    """The refusal of a record whose text is not UTF-8."""
+    return DataError(f"{place}: not UTF-8 text. Convert it, leave it out, or have such documents dropped and counted "
+                     "(--invalid-utf8 drop).")  # fmt: skip
+
+
+def _form(file: InputFile) -> tuple[str, str | None]:
+    """What a file is by its name: parquet, jsonl or text; and how it is compressed."""
+    name = file.object.lower()
     compression = next((kind for suffix, kind in COMPRESSIONS.items() if name.endswith(suffix)), None)
     if compression:
         name = name.rsplit(".", 1)[0]
-    try:
-        with _opened(file.path, compression) as stream:
-            if name.endswith(".parquet"):
-                # Parquet is read from its end, where a compressed stream cannot go.
-                yield from _parquet(io.BytesIO(stream.read()) if compression else stream, file, text_field)
-            elif name.endswith(JSON_LINES):
-                yield from _json_lines(stream, file, text_field)
-            else:
-                yield Document(file.name, stream.read().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file.path}: not UTF-8 text (byte {error.start}). Convert it or leave it out.") from error
-    except (OSError, EOFError, pa.ArrowException) as error:
-        raise DataError(f"{file.path}: cannot be read ({error}).") from error
+    if name.endswith(".parquet"):
+        return "parquet", compression
+    return "jsonl" if name.endswith(JSON_LINES) else "text", compression
 
 
-def _opened(path: Path, compression: str | None) -> io.BufferedIOBase:
+def _unpacked(stream: io.BufferedIOBase, compression: str | None) -> io.BufferedIOBase:
     if compression == "gzip":
-        return gzip.open(path, "rb")
+        return gzip.GzipFile(fileobj=stream)
     if compression == "zstd":
-        return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"))
-    return path.open("rb")
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream), "zstd"))
+    return stream
 
 
-def _json_lines(stream: io.BufferedIOBase, file: InputFile, text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file.path}:{number}: not JSON ({error}). A jsonl file has one object a line.") from error
-        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-            raise DataError(
-                f"{file.path}:{number}: no string under '{text_field}'. Name the right key with --text-field."
-            )
-        yield Document(str(record.get("id", f"{file.name}:{number}")), record[text_field])
+def _texts(column: pa.Array) -> list[object]:
+    """Values of a column; all of them as bytes where some string in it is not UTF-8."""
+    try:
+        values: list[object] = column.to_pylist()
+    except UnicodeDecodeError:
+        binary: Callable[[], pa.DataType] = pa.large_binary if pa.types.is_large_string(column.type) else pa.binary
+        values = column.view(binary()).to_pylist()
+    return values
 
 
-def _parquet(stream: io.BufferedIOBase, file: InputFile, text_field: str) -> Iterator[Document]:
-    parquet = pq.ParquetFile(stream)
-    columns = parquet.schema_arrow.names
-    if text_field not in columns:
-        raise DataError(
-            f"{file.path}: no column '{text_field}' among {', '.join(columns)}. Name the right one with --text-field."
-        )
-    wanted = [text_field, "id"] if "id" in columns else [text_field]
-    row = 0
-    for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
-        texts = batch.column(text_field).to_pylist()
-        ids = batch.column("id").to_pylist() if "id" in columns else [None] * len(texts)
-        for text, given_id in zip(texts, ids, strict=True):
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{file.path}: row {row} has no text in column '{text_field}'. Fill it or leave it out."
-                )
-            yield Document(str(given_id) if given_id is not None else f"{file.name}:{row}", text)
-            row += 1
+def _decoded(text: str | bytes) -> str | None:
+    if isinstance(text, str):
+        return text
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _is_text(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+class _explained:
+    """Turns what decoders say into errors that name the file."""
+
+    def __init__(self, file: InputFile) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | EOFError | pa.ArrowException):
+            raise DataError(f"{self._file}: cannot be read ({error}).") from error

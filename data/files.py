@@ -35,6 +35,11 @@ class Files:
             found = (self._root / folder).rglob("*")
             return {path.relative_to(self._root).as_posix(): path.stat().st_size for path in found if path.is_file()}
 
+    def listing(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Name -> bytes and time of change of all files in a folder."""
+        sizes = self.sizes(folder)
+        return {name: (size, str((self._root / name).stat().st_mtime_ns)) for name, size in sizes.items()}
+
     def write(self, name: str, content: bytes) -> None:
         """See `Backend`."""
         path = self._root / name

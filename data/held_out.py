@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from conf.errors import DataError
 from data.batch import Batch
+from data.index import FORGOTTEN_ID
 from data.order import key_of, permuted
 from data.shards import Dataset, TokenDocument
 
@@ -30,6 +31,8 @@ def held_out_documents(dataset: Dataset, tokens: int) -> list[TokenDocument]:
     chosen: list[TokenDocument] = []
     for number in order.tolist():
         document = dataset.document("held_out", number)
+        if document.id == FORGOTTEN_ID:
+            continue
         chosen.append(TokenDocument(document.number, document.id, document.tokens[:tokens]))
         tokens -= len(chosen[-1].tokens)
         if not tokens:

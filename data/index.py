@@ -34,6 +34,8 @@ from data.tables import numbers, read_table
 FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
 PART_SHARDS = 1024
+FORGOTTEN_ID = "(forgotten)"
+"""Stands for a document that was taken out; its tokens are all end-of-text."""
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")

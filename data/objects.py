@@ -16,6 +16,7 @@ from conf.schema import StorageConfig
 from data.backends import ArchivedObjectError, MissingObjectError, RetryableError
 
 CONNECT_SECONDS = 5
+DENIED = ("AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 CREDENTIAL_MINUTES = 10
 """Credentials are asked for again after this, or before they end where they say when."""
 
@@ -55,6 +56,14 @@ class Objects:
         with _explained_object(self._location, folder):
             batches = obstore.list(self._opened(), prefix=folder or None)
             return {str(entry["path"]): int(entry["size"]) for batch in batches for entry in batch}
+
+    def listing(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Name -> bytes and ETag of all objects in a folder."""
+        import obstore
+
+        with _explained_object(self._location, folder):
+            entries = [entry for batch in obstore.list(self._opened(), prefix=folder or None) for entry in batch]
+        return {str(entry["path"]): (int(entry["size"]), str(entry["e_tag"])) for entry in entries}
 
     def write(self, name: str, content: bytes) -> None:
         """See `Backend`."""
@@ -179,7 +188,8 @@ class _explained_object:
             raise problem from error
         if isinstance(error, exceptions.NotFoundError | FileNotFoundError):
             raise MissingObjectError(f"{self._name}: cannot be read, there is no such object.") from error
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        # A refused listing comes as an error of no kind, with the provider's code in its text.
+        if code in DENIED or isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
             raise DataError(
                 f"{self._name}: access denied ({code or _first_line(error)}). The credentials in use must be allowed "
                 "to list, get and, for preparing, put objects there."

@@ -1,30 +1,39 @@
 """Text to a prepared dataset: `python -m data.prepare --input PATH... --output DIR --tokenizer PATH`.
 
-Documents are normalised, exact duplicates dropped, split by a hash of their content, tokenised and written as shards.
+Documents are normalised, held to rules of quality, freed of duplicates and near-duplicates and of text that models are
+judged by, split by a hash of their content, tokenised and written as shards. Each step can be switched off. What was
+dropped and why is shown and written to report.json. Stopped and run again, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import shutil
+import os
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
 from conf.errors import DataError, UserError
 from conf.schema import DataConfig, SourceConfig
 from data.corpora import is_shipped
-from data.documents import Document, InputFile, content_hash, documents, input_files, is_held_out, normalised
-from data.index import FORMAT_VERSION, MANIFEST_NAME, SPLITS, InputRecord, Split
+from data.index import FORMAT_VERSION, MANIFEST_NAME
+from data.ingest import Ingestion, Progress, ingest
+from data.inputs import InputFile, input_files
+from data.quality import QualityRules
 from data.shards import Access, Dataset
+from data.steps import ALL_STEPS, Steps
 from data.storage import Store
 from data.tokenizer import Tokenizer
-from data.writer import BLOCK_TOKENS, DatasetFacts, DatasetWriter
+from data.tombstones import forgotten_ids
+from data.writer import BLOCK_TOKENS
 
-BATCH_CHARACTERS = 2 << 20
-"""Text tokenised at once: enough to keep all cores busy, small beside a shard."""
 HASHED_BYTES = 64 << 20
 """Files up to this size are known by their content in the cache, larger ones by size and time of change."""
 
@@ -38,12 +47,10 @@ def prepare(
     text_field: str = "text",
     block_tokens: int = BLOCK_TOKENS,
 ) -> Dataset:
-    """Make a dataset. It appears under `output` whole, by rename, or not at all.
-
-    Memory: one shard a split, and 16 bytes (some 100 in a Python set) a document to know duplicates by.
+    """Make a dataset of all of a text but exact duplicates, in this process. It appears whole, or not at all.
 
     Args:
-        inputs: files, folders or `shipped:NAME`s.
+        inputs: files, folders, URIs or `shipped:NAME`s.
         output: folder to make; it must not hold anything yet.
         tokenizer: makes the tokens.
         held_out_fraction: share of documents, chosen by hash of their content, that goes to the held-out split.
@@ -53,38 +60,19 @@ def prepare(
     Raises:
         DataError: an input is missing or unreadable, a split would be empty, or `output` cannot be written.
     """
-    if not 0 < held_out_fraction < 0.5:
-        raise DataError(f"held-out fraction {held_out_fraction}: it must be above 0 and below 0.5, e.g. 0.05.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output}: is there already. Remove it or choose another output.")
-    files = input_files(inputs)
-    partial = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:12]}"
-    try:
-        partial.mkdir(parents=True)
-        facts = DatasetFacts(
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            end_of_text_id=tokenizer.end_of_text_id,
-            held_out_fraction=held_out_fraction,
-            block_tokens=block_tokens,
-        )
-        writer = DatasetWriter(Store.open(partial), facts)
-        preparation = _Preparation(writer, tokenizer)
-        for batch in _batches(files, text_field):
-            preparation.add(batch)
-        _check_not_empty({split: writer.num_documents(split) for split in SPLITS}, held_out_fraction)
-        lineage = [
-            InputRecord(path=file.name, num_bytes=file.path.stat().st_size, sha256=_sha256(file.path)) for file in files
-        ]
-        writer.finish(num_duplicates=preparation.num_duplicates, inputs=lineage)
-        partial.rename(output)
-    except OSError as error:
-        raise DataError(
-            f"{output}: cannot be written ({error}). Choose a folder with room that you may write to."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Dataset.open(output)
+    wanted = Ingestion(
+        inputs=inputs,
+        output=str(output),
+        tokenizer=tokenizer,
+        steps=Steps(),
+        held_out_fraction=held_out_fraction,
+        text_field=text_field,
+        block_tokens=block_tokens,
+        resumable=False,
+        on_ray=False,
+    )
+    dataset, _ = ingest(wanted)
+    return dataset
 
 
 def prepared(source: SourceConfig, data: DataConfig) -> Dataset:
@@ -101,8 +89,8 @@ def prepared(source: SourceConfig, data: DataConfig) -> Dataset:
         dataset.check_stored()
     elif "://" in source.path:
         raise DataError(
-            f"{source.path}: no dataset here (no {MANIFEST_NAME}), and text is read from local files only. "
-            "Prepare it with python -m data.prepare and copy the result there."
+            f"{source.path}: no dataset here (no {MANIFEST_NAME}), and a run reads text from local files only. "
+            "Prepare it first: python -m data.prepare reads and writes there."
         )
     else:
         dataset = _from_cache(source.path, data, tokenizer)
@@ -115,10 +103,13 @@ def prepared(source: SourceConfig, data: DataConfig) -> Dataset:
 
 
 def _from_cache(path: str, data: DataConfig, tokenizer: Tokenizer) -> Dataset:
+    cache = Path(data.cache_dir).expanduser()
     key = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer.sha256} {data.held_out_fraction!r}\n".encode())
     for file in input_files([path]):
-        key.update(f"{file.name} {_fingerprint(file.path)}\n".encode())
-    cached = Path(data.cache_dir).expanduser() / key.hexdigest()[:32]
+        key.update(f"{file.name} {_fingerprint(file)}\n".encode())
+    for document_id in sorted(forgotten_ids([str(cache.absolute())])):
+        key.update(f"without {document_id}\n".encode())
+    cached = cache / key.hexdigest()[:32]
     if (cached / MANIFEST_NAME).exists():
         return Dataset.open(cached)
     try:
@@ -130,73 +121,79 @@ def _from_cache(path: str, data: DataConfig, tokenizer: Tokenizer) -> Dataset:
         raise
 
 
-def _fingerprint(path: Path) -> str:
-    status = path.stat()
-    if status.st_size <= HASHED_BYTES:
-        return _sha256(path)
-    return f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
+def _fingerprint(file: InputFile) -> str:
+    if file.num_bytes <= HASHED_BYTES:
+        return file.sha256()
+    return f"{file} {file.num_bytes} {file.version}"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def ingestion(options: argparse.Namespace) -> Ingestion:
+    """What the command line asks for.
+
+    Raises:
+        DataError: an option is not one of those there are.
+    """
+    quality = None if options.quality == ["off"] else QualityRules.parse(options.quality)
+    steps = replace(
+        ALL_STEPS,
+        unicode_form=options.unicode,
+        invalid_utf8=options.invalid_utf8,
+        languages=tuple(options.languages),
+        quality=quality,
+        near_duplicates=options.near_duplicates == "drop",
+    )
+    return Ingestion(
+        inputs=options.input,
+        output=options.output,
+        tokenizer=Tokenizer.load(options.tokenizer),
+        steps=steps,
+        held_out_fraction=options.held_out_fraction,
+        text_field=options.text_field,
+        decontaminate=tuple(options.decontaminate),
+        tombstones=tuple(options.tombstones),
+        on_ray={"ray": True, "here": False, "auto": None}[options.on],
+        ray_address=os.environ.get("RAY_ADDRESS") if options.on != "here" else None,
+    )
 
 
-def _batches(files: Sequence[InputFile], text_field: str) -> Iterator[list[tuple[str, Document]]]:
-    """Documents of all files, each with its file, in groups of `BATCH_CHARACTERS`, normalised, empty ones left out."""
-    batch: list[tuple[str, Document]] = []
-    characters = 0
-    for file in files:
-        for document in documents(file, text_field):
-            text = normalised(document.text)
-            if text.strip():
-                batch.append((file.name, Document(document.id, text)))
-                characters += len(text)
-            if characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-    if batch:
-        yield batch
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, s3://BUCKET/... or shipped:NAME")
+    add("--output", required=True, metavar="DIR", help="folder or URI to make")
+    add("--tokenizer", required=True, metavar="PATH", help="tokenizer.json or shipped:tokenizer")
+    add("--held-out-fraction", type=float, default=0.05, help="share of documents never trained on")
+    add("--text-field", default="text", help="column or key of the text in parquet and jsonl")
+    add("--unicode", choices=("NFC", "NFKC", "off"), default="NFC", help="form that texts are brought into")
+    add("--invalid-utf8", choices=("drop", "refuse"), default="drop", help="drop and count, or stop at, such documents")
+    add("--quality", nargs="*", default=[], metavar="RULE=NUMBER", help="other bounds of quality rules, or off")
+    add("--languages", nargs="*", default=[], metavar="CODE", help="keep these only, e.g. en de; none: all")
+    add("--near-duplicates", choices=("drop", "keep"), default="drop", help="documents nearly equal to an earlier one")
+    add("--decontaminate", nargs="*", default=[], metavar="PATH", help="datasets (held-out part) or texts to judge by")
+    add("--tombstones", nargs="*", default=[], metavar="DIR", help="more folders whose forgotten documents stay out")
+    add(
+        "--on",
+        choices=("auto", "here", "ray"),
+        default="auto",
+        help="this process, or Ray Data (auto: from 256 MiB on)",
+    )
+    return parser
 
 
-class _Preparation:
-    """Documents as they come, duplicates left out, into a writer."""
+@contextmanager
+def _shown_progress(console: Console) -> Iterator[Progress]:
+    """Bars on a terminal, nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
 
-    def __init__(self, writer: DatasetWriter, tokenizer: Tokenizer) -> None:
-        self.num_duplicates = 0
-        self._writer = writer
-        self._tokenizer = tokenizer
-        self._seen: set[bytes] = set()
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
 
-    def add(self, batch: Sequence[tuple[str, Document]]) -> None:
-        """Tokenise documents, each with its file, that were not seen before and put each on its side."""
-        fresh: list[tuple[str, Document, Split]] = []
-        for source, document in batch:
-            digest = content_hash(document.text)
-            if digest in self._seen:
-                self.num_duplicates += 1
-                continue
-            self._seen.add(digest)
-            held_out = is_held_out(digest, self._writer.facts.held_out_fraction)
-            fresh.append((source, document, "held_out" if held_out else "train"))
-        encoded = self._tokenizer.encode([document.text for _, document, _ in fresh])
-        for (source, document, split), tokens in zip(fresh, encoded, strict=True):
-            self._writer.add(split, document.id, source, tokens)
-
-
-def _check_not_empty(num_documents: dict[Split, int], held_out_fraction: float) -> None:
-    total = sum(num_documents.values())
-    if not total:
-        raise DataError(
-            "the input has no text in it (only empty documents or none at all). Give at least two documents."
-        )
-    for split, count in num_documents.items():
-        if not count:
-            raise DataError(
-                f"none of {total} documents fell to the {split} split at held_out_fraction={held_out_fraction}. "
-                "Models are judged on documents they never saw, so both splits must have some: "
-                "cut the text into more documents, or change the fraction."
-            )
+        yield show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -205,28 +202,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 2 for what the user can mend.
     """
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or shipped:NAME")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer.json or shipped:tokenizer")
-    parser.add_argument("--held-out-fraction", type=float, default=0.05, help="share of documents never trained on")
-    parser.add_argument("--text-field", default="text", help="column or key of the text in parquet and jsonl")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
-        dataset = prepare(
-            options.input,
-            options.output,
-            Tokenizer.load(options.tokenizer),
-            held_out_fraction=options.held_out_fraction,
-            text_field=options.text_field,
-        )
+        with _shown_progress(Console(stderr=True)) as progress:
+            dataset, report = ingest(ingestion(options), progress)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    manifest = dataset.manifest
-    print(f"{options.output}: identity {manifest.identity[:12]}, {manifest.num_duplicates} duplicates dropped")
-    for split, total in manifest.splits.items():
+    print(f"{options.output}: identity {dataset.identity[:12]}")
+    for split, total in dataset.manifest.splits.items():
         print(f"  {split}: {total.num_documents} documents, {total.num_tokens} tokens, {total.num_shards} shards")
+    report.show(Console(highlight=False))
     return 0
 
 

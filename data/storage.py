@@ -128,6 +128,14 @@ class Store:
         """
         return self._persist(folder, lambda: self._backend.sizes(folder))
 
+    def listing(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Name -> bytes and version (ETag or time of change) of all objects in a folder below.
+
+        Raises:
+            DataError: the storage refuses or does not answer.
+        """
+        return self._persist(folder, lambda: self._backend.listing(folder))
+
     def write(self, name: str, content: bytes) -> None:
         """Put an object: whole, or not at all.
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import servers
 from fault_proxy import FAULTS, FaultProxy
 
 from conf.errors import DataError
 from conf.schema import DiskTierConfig, MemoryTierConfig, RedisTierConfig, ShuffleConfig, StorageConfig, TierConfig
+from data.ingest import Ingestion, ingest
 from data.shards import Access, Dataset
+from data.steps import ALL_STEPS
 from data.storage import MissingObjectError, Store
 from data.stream import Stream, StreamSpec
 from data.tiers import DiskTier, RedisTier, open_tiers
+from data.tokenizer import Tokenizer
 from data.writer import DatasetFacts, DatasetWriter
 
 NUM_TOKENS = 200_000
@@ -159,6 +167,50 @@ def test_what_storage_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     with pytest.raises(DataError, match="no AWS credentials found in the standard chain"):
         Store.open("s3://data/some", config).read("object")
+
+
+def test_text_is_prepared_from_and_into_a_bucket_by_ray_data_as_by_one_process(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = StorageConfig(endpoint=s3, retry_seconds=5)
+    random = np.random.default_rng(5)
+    words = [f"word{number}" for number in range(300)]
+    lines = [json.dumps({"text": " ".join(random.choice(words, 80))}) for _ in range(400)]
+    content = "\n".join([*lines, lines[7], lines[8].replace('"}', ' else"}')]).encode()
+    raw = Store.open("s3://data/raw", config)
+    raw.write("texts.jsonl", content)
+    raw.write("packed.jsonl.gz", gzip.compress(content[: content.index(b"\n", 9000)]))
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": [json.loads(line)["text"][::-1] for line in lines]}), table, row_group_size=50)
+    raw.write("more/texts.parquet", table.getvalue().to_pybytes())
+    ours = Ingestion(
+        inputs=["s3://data/raw"],
+        output="s3://data/prepared",
+        tokenizer=Tokenizer.load("shipped:tokenizer"),
+        steps=ALL_STEPS,
+        held_out_fraction=0.1,
+        block_tokens=10_000,
+        unit_bytes=50_000,
+        storage=config,
+        on_ray=True,
+    )
+    made, report = ingest(ours)
+    assert report.dropped["duplicate"].documents > 10 and report.dropped["near_duplicate"].documents == 1
+    alone, _ = ingest(replace(ours, output=str(tmp_path / "prepared"), on_ray=False))
+    names = {path.relative_to(tmp_path / "prepared").as_posix() for path in (tmp_path / "prepared").rglob("*.*")}
+    assert names == made.store.sizes("").keys() and made.num_shards("train") >= 1
+    assert all(bytes(made.store.read(name)) == bytes(alone.store.read(name)) for name in names)
+    with pytest.raises(DataError, match="s3://data/prepared: is there already"):
+        ingest(ours)
+    with pytest.raises(DataError, match="s3://data/nothing: there is no such object"):
+        ingest(replace(ours, inputs=["s3://data/nothing"], output=str(tmp_path / "none")))
+    raw.write("texts.jsonl", b'{"body": 1}\n')
+    with pytest.raises(DataError, match=r"s3://data/raw/texts\.jsonl:1: no string under 'text'"):
+        ingest(replace(ours, output=str(tmp_path / "none"), inputs=["s3://data/raw/texts.jsonl"], on_ray=False))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    with pytest.raises(DataError, match=r"s3://data/raw.*: access denied") as error:
+        ingest(replace(ours, output=str(tmp_path / "none"), on_ray=False))
+    assert "wrong-secret" not in str(error.value)
 
 
 def test_a_wrong_region_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

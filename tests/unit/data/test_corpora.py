@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -41,14 +42,19 @@ def test_everything_shipped_is_under_five_megabytes() -> None:
 
 def test_data_never_imports_torch() -> None:
     for path in FOLDER.parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {
-                "torch",
-                "ray",
-                "hydra",
-                "parallel",
-                "recipes",
-                "train",
-            }
+        tree = ast.parse(path.read_text())
+        forbidden = {"torch", "ray", "hydra", "parallel", "recipes", "train"}
+        at_import = imported(tree.body)
+        assert not at_import & forbidden, path
+        # Large text is prepared on Ray, which is imported when that is asked for, there and nowhere else.
+        allowed = {"ray"} if path.name == "runners.py" else set()
+        assert not imported(ast.walk(tree)) & (forbidden - allowed), path
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """Root packages that these nodes import."""
+    names: list[str] = []
+    for node in nodes:
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+    return {name.split(".")[0] for name in names}

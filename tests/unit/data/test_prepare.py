@@ -10,7 +10,6 @@ from conftest import MakeDataset, write_jsonl, write_tokenizer
 
 from conf.errors import DataError
 from conf.schema import DataConfig, SourceConfig
-from data import prepare as prepare_module
 from data import writer as writer_module
 from data.index import SPLITS, Split
 from data.prepare import main, prepare, prepared
@@ -79,7 +78,7 @@ def test_a_killed_prepare_is_not_mistaken_for_a_dataset(
     with monkeypatch.context() as patch:
         patch.setattr(writer_module, dies_at, die)
         # What SIGKILL leaves: nothing is cleaned up.
-        patch.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             prepare([str(source)], tmp_path / "out", Tokenizer.load(tokenizer_path))
     assert not (tmp_path / "out").exists()
@@ -158,6 +157,7 @@ def test_command_line_makes_a_dataset_and_says_what_is_wrong(
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     arguments = ["--input", str(source), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer_path)]
+    arguments += ["--quality", "off", "--near-duplicates", "keep"]
     assert main(arguments) == 0
     assert "train:" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/dataset.json").read_text())["vocab_size"] == 257
