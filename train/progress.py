@@ -17,8 +17,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from train.metrics import Follower, Message, Record, StageStarted, Step, Validation
+from train.metrics import Follower
 from train.quantities import count, duration, rate
+from train.records import Message, Record, StageStarted, Step, Validation
 
 PLAIN_LINE_SECONDS = 10.0
 PACE_STEPS = 50

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from train.metrics import Candidate, Quantisation, Speed, Target, Task
 from train.quantities import byte_size, count, estimate, percent
+from train.records import Candidate, Quantisation, Speed, Target, Task
 from train.report_style import table
 from train.summary import RunSummary
 

@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from train.metrics import Candidate, Comparison, Evaluation, Step
 from train.quantities import count, estimate
+from train.records import Candidate, Comparison, Evaluation, Step
 from train.summary import RunSummary, StageSummary, exceeds_noise
 
 Floats = npt.NDArray[np.float64]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from train.metrics import (
+from train.metrics import steps_of, validations_of
+from train.records import (
     Candidate,
     Checkpoint,
     Comparison,
@@ -23,8 +24,6 @@ from train.metrics import (
     Task,
     Validation,
     Variant,
-    steps_of,
-    validations_of,
 )
 
 R = TypeVar("R")

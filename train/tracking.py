@@ -23,20 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
-from train.metrics import (
-    FILE_NAME,
-    Checkpoint,
-    Comparison,
-    Evaluation,
-    Export,
-    Follower,
-    MetricsWriter,
-    Record,
-    StageEnded,
-    Step,
-    Validation,
-    records_in,
-)
+from train.metrics import FILE_NAME, Follower, MetricsWriter, records_in
+from train.records import Checkpoint, Comparison, Evaluation, Export, Record, StageEnded, Step, Validation
 
 Mode = Literal["online", "offline"]
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.metrics import Follower, MetricsWriter, Record, read, steps_of, validations_of
+from train.metrics import Follower, MetricsWriter, read, steps_of, validations_of
+from train.records import Record
 
 # What a second process runs: as many messages as asked for, each long enough to be torn if lines could interleave.
 APPENDER = """
