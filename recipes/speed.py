@@ -1,14 +1,18 @@
 """How fast and how large exported models are, run by transformers as whoever downloads them would: one row at a time.
 
-Models take turns, round by round, so that what else a machine does meets all of them alike.
+Models take turns, round by round, so that what else a machine does meets all of them alike. They do so in a process of
+their own: where there is a process group, `compressed_tensors` exchanges modules with its ranks, and waits for them.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -45,7 +49,23 @@ def missing_packages() -> list[str]:
 
 
 def speeds_of(directories: Mapping[str, Path], prompt_tokens: int) -> dict[str, Speed]:
-    """Name -> speed of exported models. All are held at once, on this rank's device."""
+    """Name -> speed of exported models. All are held at once, on the device that this rank computes on.
+
+    Raises:
+        RuntimeError: transformers cannot run one of them.
+    """
+    asked = {"prompt_tokens": prompt_tokens, "directories": {name: str(path) for name, path in directories.items()}}
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.speed"], input=json.dumps(asked), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"transformers cannot run what was exported:\n{done.stderr}")
+    # Whatever packages print comes before the last line.
+    return {name: Speed(**values) for name, values in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def measure(directories: Mapping[str, Path], prompt_tokens: int) -> dict[str, Speed]:
+    """What `speeds_of` returns, measured in this process."""
     models = {name: _loaded(directory) for name, directory in directories.items()}
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     vocabulary = min(model.config.vocab_size for model in models.values())
@@ -104,3 +124,15 @@ def _now() -> float:
     if this_device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def main() -> None:
+    """Read what is asked for from standard input, and write speeds to standard output, as JSON."""
+    asked = json.load(sys.stdin)
+    directories = {name: Path(path) for name, path in asked["directories"].items()}
+    speeds = measure(directories, asked["prompt_tokens"])
+    print(json.dumps({name: asdict(speed) for name, speed in speeds.items()}))
+
+
+if __name__ == "__main__":
+    main()
