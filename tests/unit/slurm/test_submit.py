@@ -57,6 +57,19 @@ def jobs(tmp_path, *names, **values):
     return [job(runs=(run_dir(tmp_path, name),), **values) for name in names]
 
 
+def python(folder, *arguments):
+    """Python on this tree, started in a folder."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def test_one_run_is_one_job_and_its_number_is_kept(commands, tmp_path):
     (given,) = jobs(tmp_path, "a")
     assert submit([[given]]) == [["41"]]
@@ -256,15 +269,7 @@ except SystemExit as end:
 def test_the_command_line_submits_without_importing_a_framework(commands, tmp_path, sweep, number):
     overrides = ["recipe=foundation", "cluster=h200_slurm", "scale=rehearsal", "cluster.device=cpu"]
     overrides += ["cluster.num_nodes=2", "cluster.ranks_per_node=1", "tracking.mode=disabled", *sweep]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *overrides],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = python(tmp_path, "-c", PROGRAM, *overrides)
     assert done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr
     runs = sorted((tmp_path / "runs").glob("foundation-*"))
     assert len((tmp_path / "sbatch.log").read_text().splitlines()) == 1
@@ -278,15 +283,7 @@ def test_the_command_line_submits_without_importing_a_framework(commands, tmp_pa
 def test_stages_on_other_nodes_are_jobs_of_their_own_one_after_another(commands, tmp_path):
     overrides = ["recipe=foundation", "cluster=h200_slurm", "scale=rehearsal", "cluster.device=cpu"]
     overrides += ["cluster.num_nodes=2", "cluster.ranks_per_node=1", "cluster.slurm.stage_nodes={evaluate: 1}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "train", *overrides],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = python(tmp_path, "-m", "train", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "job            41, then 41, then 41" in done.stdout
     (run,) = (tmp_path / "runs").glob("foundation-*")
@@ -302,14 +299,7 @@ def test_stages_on_other_nodes_are_jobs_of_their_own_one_after_another(commands,
 
 
 def test_a_sweep_with_a_fault_in_its_second_run_submits_nothing(commands, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "train", "recipe=foundation", "cluster=h200_slurm", "cluster.num_nodes=256,257", "-m"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    typed = ("recipe=foundation", "cluster=h200_slurm", "cluster.num_nodes=256,257", "-m")
+    done = python(tmp_path, "-m", "train", *typed)
     assert done.returncode == 2, done.stdout + done.stderr
     assert not (tmp_path / "sbatch.log").exists()
