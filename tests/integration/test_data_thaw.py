@@ -33,6 +33,18 @@ LOCATION = "s3://cold/set"
 ARCHIVED = ("train/shards/00000001.arrow", "train/shards/00000004.arrow")
 
 
+def restores_take(endpoint: str, looks: int) -> None:
+    """Let a restore be under way for so many looks at the object."""
+    transition = {"model_name": "s3::keyrestore", "transition": {"progression": "manual", "times": looks}}
+    request = urllib.request.Request(
+        f"{endpoint}/moto-api/state-manager/set-transition",
+        data=json.dumps(transition).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request):
+        pass
+
+
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Endpoint of an S3 with a dataset of which two shards are archived; a restore takes three looks."""
@@ -61,14 +73,7 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for name in ARCHIVED:
             source = {"Bucket": "cold", "Key": f"set/{name}"}
             client.copy_object(Bucket="cold", Key=f"set/{name}", CopySource=source, StorageClass="DEEP_ARCHIVE")
-        transition = {"model_name": "s3::keyrestore", "transition": {"progression": "manual", "times": 3}}
-        request = urllib.request.Request(
-            f"{endpoint}/moto-api/state-manager/set-transition",
-            data=json.dumps(transition).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request):
-            pass
+        restores_take(endpoint, looks=3)
         yield endpoint
 
 
@@ -162,22 +167,32 @@ class Ranks:
         return len(taken), taken
 
 
+# More than ranks that wait for a few seconds take.
+MANY_LOOKS = 60
+
+
 def archive_anew(endpoint: str) -> None:
+    """Archive the shards again; a restore ends after `MANY_LOOKS`, or at the next look after fewer are allowed."""
+    restores_take(endpoint, MANY_LOOKS)
     client = boto3.client("s3", endpoint_url=endpoint)
     for name in ARCHIVED:
         key = {"Bucket": "cold", "Key": f"set/{name}"}
         content = client.get_object(**key)["Body"].read()
         client.delete_object(**key)
         client.put_object(**key, Body=content, StorageClass="DEEP_ARCHIVE")
+        # Moto takes an object as restored until it was looked at this often, and only then as being restored.
+        for _ in range(MANY_LOOKS):
+            client.head_object(**key)
 
 
 def test_all_ranks_wait_for_a_shard_outside_of_collectives_and_go_on(cold: str) -> None:
     num_steps = 20
     archive_anew(cold)
-    ranks = Ranks(cold, poll_seconds=0.75 * COLLECTIVE_SECONDS)
+    ranks = Ranks(cold, poll_seconds=0.25 * COLLECTIVE_SECONDS)
     started = time.monotonic()
+    threading.Timer(2.5 * COLLECTIVE_SECONDS, restores_take, [cold, 1]).start()
     counts, rows = zip(*ranks.run(num_steps), strict=True)
-    # Three looks a restore: longer than a rank may sit in a collective.
+    # Longer than a rank may sit in a collective.
     assert time.monotonic() - started > 2 * COLLECTIVE_SECONDS
     assert counts == (num_steps, num_steps)
     expected = stream_over(Dataset.open(LOCATION, Access(storage=StorageConfig(endpoint=cold))))
@@ -200,9 +215,10 @@ def test_a_run_that_waits_for_a_shard_stops_when_asked(cold: str) -> None:
 
 
 def test_requesting_twice_asks_once(cold: str) -> None:
+    restores_take(cold, looks=1)
     archive = Archive(LOCATION, StorageConfig(endpoint=cold))
     client = boto3.client("s3", endpoint_url=cold)
-    source = {"Bucket": "cold", "Key": f"set/{ARCHIVED[0]}"}
+    source = {"Bucket": "cold", "Key": "set/train/shards/00000000.arrow"}
     client.copy_object(Bucket="cold", Key="set/train/shards/again.arrow", CopySource=source, StorageClass="GLACIER")
     dataset = Dataset.open(LOCATION, Access(storage=StorageConfig(endpoint=cold)))
     need = needs_of(stream_over(dataset), {"one": dataset}, {"one": set(ARCHIVED)}, range(40))[0]
