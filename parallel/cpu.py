@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, cast
@@ -41,13 +41,18 @@ def adapt_megatron() -> None:
 
 
 def adapt_deepspeed() -> None:
-    """Keep DeepSpeed from probing for compilers and building a shared-memory collective; does nothing with CUDA."""
+    """Keep DeepSpeed from probing for compilers and building a shared-memory collective; does nothing with CUDA.
+
+    And let it have the mesh's groups.
+    """
     if torch.cuda.is_available():
         return
+    import deepspeed.comm
     import deepspeed.ops
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
     deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
+    deepspeed.comm.new_group = _shared(deepspeed.comm.comm.new_group)
 
 
 def tensors_as_on_cuda() -> AbstractContextManager[object]:
@@ -194,7 +199,36 @@ def _part(whole: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
     return torch.split(whole, sizes)[group.rank()]
 
 
+def _share_mesh_groups(module: Any) -> None:
+    destroy = module.destroy_model_parallel
+
+    @functools.wraps(destroy)
+    def destroy_and_forget() -> None:
+        _GROUPS.clear()
+        destroy()
+
+    module.create_group, module.destroy_model_parallel = _shared(module.create_group), destroy_and_forget
+
+
+# Of the mesh, by their ranks. A mesh has 17 groups, a pipeline of DeepSpeed's as many again, few of which differ in
+# their ranks, and each of gloo's has a thread that wakes a hundred times a second. Calls on a group are matched by
+# their order, which is the same on all its ranks whatever the calls are for.
+_GROUPS: dict[tuple[int, ...], ProcessGroup] = {}
+
+
+def _shared(create: Callable[..., ProcessGroup]) -> Callable[..., ProcessGroup]:
+    @functools.wraps(create)
+    def group_of(ranks: Iterable[int], *args: Any, **kwargs: Any) -> ProcessGroup:
+        ranks = tuple(ranks)
+        if ranks not in _GROUPS:
+            _GROUPS[ranks] = create(list(ranks), *args, **kwargs)
+        return _GROUPS[ranks]
+
+    return group_of
+
+
 SPECIAL_CARE = {
+    "megatron.core.parallel_state": _share_mesh_groups,
     "megatron.core.tensor_parallel.random": _use_cpu_random_state,
     "megatron.core.models.common.embeddings.rotary_pos_embedding": _slice_rotary_angles,
     "megatron.core.pipeline_parallel.p2p_communication": _keep_sent_tensors,

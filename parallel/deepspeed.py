@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.schedule import OptimizerStep, TrainSchedule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import groups as deepspeed_groups
@@ -147,6 +148,9 @@ class DeepSpeedEngine(MegatronEngine):
         """See `Engine.close`."""
         if self._trainer is not None:
             self._trainer.destroy()
+            if p2p._grid is getattr(self._trainer, "grid", None):
+                # Module globals that would keep the pipeline's groups.
+                p2p._grid = p2p._groups = None
             self._trainer = None
         super().close()
 

@@ -75,12 +75,11 @@ def enter_mesh(mesh: Mesh, *, virtual_pipeline: int = 1, timeout_seconds: float 
 
 
 def leave_mesh() -> None:
-    """Destroy Megatron's groups; engines built on them must be closed before."""
-    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    """Destroy all groups but the world: Megatron's, and those DeepSpeed made; engines on them must be closed before."""
     parallel_state.destroy_model_parallel()
-    for group in groups:
-        # Ranks outside a group hold a placeholder for it.
-        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+    # No public list of a process's groups; backends keep theirs to themselves.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -102,6 +103,9 @@ def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> Ran
             ),
             virtual_pipeline=mesh.virtual_pipeline,
         )
+        # What was imported is not looked through again: a full collection, as when an engine is closed, takes
+        # milliseconds instead of half a second, in which the other ranks would wait for this one.
+        gc.freeze()
         outcome = _entry(entry)(RankContext(place=place, config=config, run=run))
         groups.shut_down()
         return outcome
