@@ -6,7 +6,7 @@ step; here memory is taken when the engine is built, and a checkpoint can be wri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -23,7 +23,7 @@ Adam = TypeVar("Adam", bound=torch.optim.AdamW)
 def make_adam(
     parameters: Iterable[torch.nn.Parameter],
     optim: OptimConfig,
-    kind: type[Adam] = torch.optim.AdamW,  # type: ignore[assignment]
+    kind: Callable[..., Adam] = torch.optim.AdamW,  # type: ignore[assignment]
 ) -> Adam:
     """AdamW over two groups: matrices with weight decay, norms (one dim) without."""
     parameters = list(parameters)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
@@ -28,7 +30,9 @@ from torch import Tensor
 from conf.schema import EngineConfig, OptimConfig
 from data.batch import Batch
 from parallel import device, zero
+from parallel.adam import make_adam
 from parallel.cpu import adapt_deepspeed
+from parallel.disk_adam import DiskAdam
 from parallel.documents import Documents
 from parallel.engine import LossSums, Objective, Piece, TensorSource
 from parallel.inputs import Inputs, inputs_of_rank
@@ -52,7 +56,7 @@ class DeepSpeedEngine(MegatronEngine):
         for parameter in chunk.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_ranks)
-        inner = zero.make_inner(chunk.parameters(), optim)
+        inner = make_adam(chunk.parameters(), optim, self._kind_of_adam())
         in_stages = self.mesh.pipeline > 1
         self._shape_of_stages: torch.Size | None = None
         self._documents: deque[Documents | None] = deque()  # of the micro-batches that are still to come
@@ -69,6 +73,14 @@ class DeepSpeedEngine(MegatronEngine):
         logger.setLevel(logging.WARNING)
         kind = zero.kind_of(self._trainer)
         return self._chunks, [kind(self._trainer, inner, family, self._saves)]
+
+    def _kind_of_adam(self) -> Callable[..., zero.GuardedAdam]:
+        directory = self._engine.offload_directory
+        if self._engine.offload_optimizer != "nvme":
+            return zero.GuardedAdam
+        assert directory is not None, "a rule asks for it"
+        dtype = torch.bfloat16 if self._engine.weight_precision == "bf16" else torch.float32
+        return partial(DiskAdam, directory=Path(directory).expanduser(), dtype=dtype)
 
     def _sum_over_tensor_ranks(self, gradient: Tensor) -> Tensor:
         # Each tensor rank has seen its part of the sequence only.
@@ -187,8 +199,9 @@ def deepspeed_config(engine: EngineConfig, mesh: Mesh, micro_batch: int, chunk: 
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if engine.offload_optimizer != "none":
+        # Not its "nvme": see `DiskAdam`, which has host memory give way to a file.
         config["zero_optimization"]["offload_optimizer"] = {
-            "device": engine.offload_optimizer,
+            "device": "cpu",
             "pin_memory": torch.cuda.is_available(),
         }
     return config

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.schema import OptimConfig
 from parallel import adam
 from parallel.optimizer import Family, OptimizerShard
 from parallel.outcome import Outcome
@@ -29,6 +28,8 @@ class GuardedAdam(torch.optim.AdamW):
 
     gradient_scale = 1.0
     called_off = False
+    mains_apart = False
+    """Parameters are copies in the model's precision, and `main_of` is elsewhere."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Multiply the gradients by `gradient_scale` and update, or do nothing if called off."""
@@ -40,13 +41,21 @@ class GuardedAdam(torch.optim.AdamW):
             torch._foreach_mul_(gradients, self.gradient_scale)
         super().step()
 
+    def make_state_of(self, flat: Tensor) -> None:
+        """Make the state of a parameter, as after no steps."""
+        adam.make_state_of(self, flat)
+
+    def main_of(self, flat: Tensor) -> Tensor:
+        """The float32 values of a parameter."""
+        return flat.detach()
+
 
 class ZeroAdam:
     """AdamW in a DeepSpeed engine; stage 0, in which every rank holds everything.
 
     Args:
         engine: DeepSpeed's, made with `inner` as its optimizer.
-        inner: from `make_inner`.
+        inner: `GuardedAdam`, or one of its kind.
         family: the weights, and the ranks that hold equal copies of them (data x context ranks).
         counts: whether this rank counts a parameter in norms, among those that hold it.
     """
@@ -73,7 +82,8 @@ class ZeroAdam:
             yield OptimizerShard(parameter, 0, parameter, adam.moments_of(self.inner, parameter))
 
     def _make_state(self) -> None:
-        adam.make_state(self.inner)
+        for parameter in adam.parameters_of(self.inner):
+            self.inner.make_state_of(parameter)
 
     def _gradients(self) -> Iterator[tuple[Any, Tensor]]:
         for parameter in adam.parameters_of(self.inner):
@@ -133,13 +143,22 @@ class PartitionedAdam(ZeroAdam):
         """What this rank's Adam updates."""
         for parameter, flat, place in self._places():
             local = place.lp_fragment_address
-            moments = adam.moments_of(self.inner, flat)
+            main, moments = self.inner.main_of(flat), adam.moments_of(self.inner, flat)
             yield OptimizerShard(
                 parameter,
                 local.start,
-                _narrow(flat, place),
+                _narrow(main, place),
                 {name: _narrow(moment, place) for name, moment in moments.items()},
             )
+
+    def _make_state(self) -> None:
+        super()._make_state()
+        if self.inner.mains_apart:
+            # A step leaves the updated values where DeepSpeed would round them to.
+            flats = list(adam.parameters_of(self.inner))
+            self.wrapper.param_buffer_of_bit16_for_cpu_offload_groups = [flat.detach() for flat in flats]
+            for _, flat, place in self._places():
+                place.hp_fragment = _narrow(flat, place)  # the one before would keep the first masters in memory
 
     def _places(self) -> Iterator[tuple[Any, Tensor, Any]]:
         for flat, parameters in zip(adam.parameters_of(self.inner), self._groups(), strict=True):
@@ -186,7 +205,7 @@ class ScatteredAdam(ZeroAdam):
     def shards(self) -> Iterator[OptimizerShard]:
         """What this rank's Adam updates."""
         for flat, parameters in self._groups():
-            moments = adam.moments_of(self.inner, flat)
+            main, moments = self.inner.main_of(flat), adam.moments_of(self.inner, flat)
             offset = 0
             for parameter in parameters:
                 start, stop = range_of(parameter)
@@ -194,7 +213,7 @@ class ScatteredAdam(ZeroAdam):
                     yield OptimizerShard(
                         parameter,
                         start,
-                        flat.detach().narrow(0, offset, stop - start),
+                        main.narrow(0, offset, stop - start),
                         {name: moment.narrow(0, offset, stop - start) for name, moment in moments.items()},
                     )
                 offset += parameter.partition_numel()
@@ -204,7 +223,7 @@ class ScatteredAdam(ZeroAdam):
 
     def _make_state(self) -> None:
         for flat, _ in self._groups():
-            adam.make_state_of(self.inner, flat)
+            self.inner.make_state_of(flat)
 
     def _gradients(self) -> Iterator[tuple[Any, Tensor]]:
         for index, (flat, parameters) in enumerate(self._groups()):
@@ -215,11 +234,6 @@ class ScatteredAdam(ZeroAdam):
             else:
                 gradients = self.wrapper.averaged_gradients[index]
             yield from zip(parameters, gradients, strict=True)
-
-
-def make_inner(parameters: Iterable[torch.nn.Parameter], optim: OptimConfig) -> GuardedAdam:
-    """The optimizer to give to DeepSpeed."""
-    return adam.make_adam(parameters, optim, GuardedAdam)
 
 
 def kind_of(engine: Any) -> type[ZeroAdam]:

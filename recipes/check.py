@@ -2,8 +2,9 @@
 
 A rule is a small function `(config, machine) -> Iterator[Problem]`; all of them are asked, and what they find is raised
 at once. They live in `rules_layout.py` (model, batch and axes), `rules_engine.py` (what a backend offers),
-`rules_experts.py` (mixtures of experts), `rules_precision.py` (fp8), `rules_stages.py` (stages and what they refer to),
-`rules_compression.py` (pruning and distillation), `rules_distillation.py` (hidden states, logits written down),
+`rules_offload.py` (the disk of optimizer state), `rules_experts.py` (mixtures of experts), `rules_precision.py` (fp8),
+`rules_stages.py` (stages and what they refer to), `rules_compression.py` (pruning and distillation),
+`rules_distillation.py` (hidden states, logits written down),
 `rules_place.py` (this machine, its disks and the cluster),
 `rules_data.py` (storage, tiers, shuffling) and `rules_slurm.py` (what is asked of Slurm). Fields on their own are
 checked when they are decoded.
@@ -25,6 +26,7 @@ from recipes import (
     rules_engine,
     rules_experts,
     rules_layout,
+    rules_offload,
     rules_place,
     rules_precision,
     rules_slurm,
@@ -39,6 +41,7 @@ RULES: tuple[Rule, ...] = (
     *rules_stages.RULES,
     *rules_layout.RULES,
     *rules_engine.RULES,
+    *rules_offload.RULES,
     *rules_experts.RULES,
     *rules_precision.RULES,
     *rules_compression.RULES,
@@ -50,6 +53,7 @@ RULES: tuple[Rule, ...] = (
 WARNINGS: tuple[Rule, ...] = (
     *rules_stages.WARNINGS,
     *rules_layout.WARNINGS,
+    *rules_offload.WARNINGS,
     *rules_experts.WARNINGS,
     *rules_compression.WARNINGS,
     *rules_distillation.WARNINGS,

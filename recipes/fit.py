@@ -28,7 +28,11 @@ from recipes.stage_models import distillation_of, model_of_stage, models_of, tea
 from train.quantities import byte_size
 
 HOST_BYTES = 200 * GIB
-"""Host memory that a GPU can count on for activations, where it is only advised: eight GPUs in a node of 2 TiB."""
+"""Host memory that a GPU can count on where it is only advised: eight GPUs in a node of 2 TiB."""
+DISK_BYTES = 3.84e12
+"""Of a local disk, likewise: a drive a GPU."""
+A_DIRECTORY = "DIR"
+"""To be filled in."""
 NOBODY = Machine(cores=1, memory_bytes=0)
 """Rules of layouts do not look at the machine."""
 LAYOUT_RULES = (*rules_layout.RULES, *rules_engine.RULES, *rules_experts.RULES)
@@ -90,6 +94,8 @@ def with_layout(config: RunConfig, name: str, layout: Layout) -> RunConfig:
         zero_stage=_zero_stage(layout),
         recompute=_recompute(layout),
         offload_activations=layout.offload_activations,
+        offload_optimizer=layout.offload,
+        offload_directory=config.engine.offload_directory or (A_DIRECTORY if layout.offload == "nvme" else None),
     )
     stage = config.stages[name]
     training = replace(trainings_of(config)[name], micro_batch=layout.micro_batch)
@@ -133,6 +139,7 @@ def _zero_stage(layout: Layout) -> Literal[0, 1, 2, 3]:
 def overrides_to(config: RunConfig, name: str, layout: Layout) -> str:
     """What to type for a layout: the keys that differ."""
     now, then = layout_of_stage(config, name), layout
+    at_directory = with_layout(config, name, layout).engine.offload_directory
     keys = {
         "engine.mesh.tensor": (now.tensor, then.tensor),
         "engine.mesh.context": (now.context, then.context),
@@ -143,9 +150,15 @@ def overrides_to(config: RunConfig, name: str, layout: Layout) -> str:
         "engine.zero_stage": (_zero_stage(now), _zero_stage(then)),
         "engine.recompute": (_recompute(now), _recompute(then)),
         "engine.offload_activations": (now.offload_activations, then.offload_activations),
+        "engine.offload_optimizer": (now.offload, then.offload),
+        "engine.offload_directory": (config.engine.offload_directory, at_directory),
         f"stages.{name}.training.micro_batch": (now.micro_batch, then.micro_batch),
     }
-    return " ".join(f"{key}={str(new).lower()}" for key, (old, new) in keys.items() if old != new)
+    return " ".join(f"{key}={_typed(new)}" for key, (old, new) in keys.items() if old != new)
+
+
+def _typed(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +202,8 @@ def changes_that_fit(config: RunConfig, name: str, gpu: Gpu, *, below: float = m
     """
     changes = (_change(config, name, gpu, layout, below) for layout in _neighbours(layout_of_stage(config, name)))
     found = sorted((change for change in changes if change is not None), key=lambda change: change.seconds)
+    if any("engine.offload_optimizer=cpu" in change.overrides for change in found):
+        found = [change for change in found if "engine.offload_optimizer=nvme" not in change.overrides]
     if len(found) < most:
         roomy = replace(gpu, memory_bytes=min(gpu.memory_bytes, below))
         front = search(task_of(config, name, roomy), partial(refusal_in_place, config, name)).front
@@ -216,7 +231,7 @@ def _change(config: RunConfig, name: str, gpu: Gpu, layout: Layout, below: float
     worst = fullest[1]
     if worst.needed > gpu.memory_bytes or memory_of_stage(at, name).needed > below:
         return None
-    if worst.host_activations > HOST_BYTES:
+    if worst.host > HOST_BYTES or worst.disk_optimizer > DISK_BYTES:
         return None
     overrides = overrides_to(config, name, layout)
     return Change(overrides=overrides, worst=worst, seconds=step_of_stage(at, name, gpu).seconds)
@@ -235,6 +250,10 @@ def _neighbours(layout: Layout) -> Iterator[Layout]:
             yield replace(layout, recompute=recompute)
     if not layout.offload_activations:
         yield replace(layout, offload_activations=True)
+    if layout.offload == "none":
+        yield replace(layout, offload="cpu")
+    if layout.offload != "nvme":
+        yield replace(layout, offload="nvme")
     for factor in (2, 4, 8):
         data, left = divmod(layout.data, factor)
         if left == 0:

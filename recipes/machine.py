@@ -21,6 +21,18 @@ def existing_parent(path: Path) -> Path:
     return next(each for each in (path, *path.parents) if os.path.exists(each))
 
 
+def file_system_of(path: Path) -> str:
+    """Type of the file system (`ext4`, `tmpfs`, `nfs4`) where `path` is or would be made; "" where that is not told."""
+    mounts = Path("/proc/mounts")
+    if not mounts.exists():
+        return ""
+    place = os.path.realpath(existing_parent(path))
+    # The last of those that were mounted over each other counts.
+    found = (line.split() for line in mounts.read_text().splitlines())
+    around = [(len(where), kind) for _, where, kind, *_ in found if os.path.commonpath((where, place)) == where]
+    return max(reversed(around), key=lambda each: each[0], default=(0, ""))[1]
+
+
 def free_disk_bytes(path: Path) -> int:
     """Free space where `path` is or would be made."""
     return shutil.disk_usage(existing_parent(path)).free
@@ -38,6 +50,7 @@ class Machine:
         gpu_fault: why the driver's tool could not list GPUs, or None.
         environment: the environment variables of this process.
         free_disk_bytes: free space at a path that need not exist yet.
+        file_system_of: type of the file system there.
     """
 
     cores: int
@@ -47,6 +60,7 @@ class Machine:
     gpu_fault: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     free_disk_bytes: Callable[[Path], int] = free_disk_bytes
+    file_system_of: Callable[[Path], str] = file_system_of
 
     def __str__(self) -> str:
         names = dict.fromkeys(self.gpus)

@@ -66,7 +66,8 @@ def _rows(plan: Plan, stage: StagePlan) -> dict[str, str]:
         "memory": (
             f"{byte_size(stage.worst.needed)} of {byte_size(plan.gpu.memory_bytes)} "
             f"(pipeline rank {stage.worst.stage} is the fullest)"
-            + (f", activations of {byte_size(host)} in host memory" if (host := stage.worst.host_activations) else "")
+            + (f", {byte_size(host)} in host memory" if (host := stage.worst.host) else "")
+            + (f", {byte_size(disk)} on a local disk" if (disk := stage.worst.disk_optimizer) else "")
         ),
         "speed": f"{training.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, {percent(training.mfu)} MFU",
         "steps": f"{stage.num_steps:,} of {training.seconds:.2f} s, {count(stage.tokens)} tokens",

@@ -71,11 +71,17 @@ def offloading_is_offered(config: RunConfig, machine: Machine) -> Iterator[Probl
             "engine.offload_optimizer",
             f"{where} is not offered with Megatron. Set engine.offload_optimizer=none, or engine=deepspeed.",
         )
-    elif where == "cpu" and (stage == 0 or engine.mesh.pipeline > 1):
+    elif where != "none" and (stage == 0 or engine.mesh.pipeline > 1):
         yield Problem(
             "engine.offload_optimizer",
-            f"cpu needs engine.zero_stage 1 to 3 and no pipeline; they are {stage} and {engine.mesh.pipeline} ranks. "
-            "DeepSpeed moves this rank's part of the optimizer state at the end of the backward pass.",
+            f"{where} needs engine.zero_stage 1 to 3 and no pipeline; they are {stage} and {engine.mesh.pipeline} "
+            "ranks. DeepSpeed moves this rank's part of the optimizer state at the end of the backward pass.",
+        )
+    elif where == "nvme" and engine.offload_directory is None:
+        yield Problem(
+            "engine.offload_directory",
+            "is null, and engine.offload_optimizer=nvme needs a directory of a local disk, there on every node. "
+            "Set engine.offload_directory=DIR, or engine.offload_optimizer=cpu.",
         )
 
 

@@ -52,7 +52,7 @@ def state_bytes(config: RunConfig) -> int:
     if not trainings_of(config):
         return parameters * weights
     gradients, adam = 4, 12 if engine.weight_precision == "bf16" else 8
-    if engine.offload_optimizer != "none" and config.cluster.device != "cpu":
+    if engine.offload_optimizer == "nvme" or (engine.offload_optimizer == "cpu" and config.cluster.device != "cpu"):
         adam = 0
     from_stage = ((1, adam), (2, gradients), (3, weights))
 

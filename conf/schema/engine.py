@@ -36,12 +36,14 @@ class EngineConfig(Strict):
     """Split norms and residuals over the tensor axis along the sequence; needs tensor > 1."""
     zero_stage: Literal[0, 1, 2, 3]
     """Split over the data (and context) ranks: 1 optimizer state, 2 gradients as well, 3 weights as well."""
-    offload_optimizer: Literal["none", "cpu"]
-    """Where optimizer state lives and Adam runs: with the weights, or in host memory."""
+    offload_optimizer: Literal["none", "cpu", "nvme"]
+    """Where optimizer state lives: with the weights, in host memory, or in a file; Adam runs where it can be read."""
     overlap: bool
     """Overlap gradient reduction (and gathering of split weights) with computation."""
     recompute: Literal["none", "selective", "full"]
     """What of a layer is computed again in the backward pass instead of kept: nothing, the feed-forward layer, all."""
+    offload_directory: str | None = None
+    """Of a local disk of every node, for `offload_optimizer: nvme`; a rank's file in it has no name."""
     offload_activations: bool = False
     """Keep what layers save for the backward pass in host memory, all but two layers of it."""
     compile: bool = False

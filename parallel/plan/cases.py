@@ -220,7 +220,7 @@ def layout_of_row(row: Row, shape: Shape) -> Layout:
         unfused_attention=(is_test and ("_te_" not in name or "resume" not in name))
         or re.search(r"narayanan|\b20(19|20|21|22)\b", text_of(row, "source").lower()) is not None,
         chunked_loss=_is_liger(row),
-        offload="offload" in text_of(row, "shard").lower() or "offload" in text_of(row, "sharding").lower(),
+        offload="cpu" if "offload" in (text_of(row, "shard") + text_of(row, "sharding")).lower() else "none",
     )
 
 

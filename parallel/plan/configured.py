@@ -29,6 +29,6 @@ def layout_of(engine: EngineConfig, training: TrainingConfig, *, data: int) -> L
         sharding=SHARDING[engine.zero_stage],
         sequence_parallel=engine.sequence_parallel,
         stack=STACKS[engine.backend],
-        offload=engine.offload_optimizer != "none",
+        offload=engine.offload_optimizer,
         offload_activations=engine.offload_activations,
     )

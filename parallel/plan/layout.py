@@ -8,6 +8,7 @@ from typing import Literal
 Sharding = Literal["none", "zero1", "zero2", "zero3"]
 Recompute = Literal["none", "selective", "mlp", "full"]
 Precision = Literal["fp32", "bf16", "fp8"]
+Offload = Literal["none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,8 +144,8 @@ class Layout:
     """Attention scores are written out (debugging, old kernels)."""
     chunked_loss: bool = False
     """The loss never holds all logits (Liger, chunked cross-entropy)."""
-    offload: bool = False
-    """Optimizer state and master weights live in host memory."""
+    offload: Offload = "none"
+    """Where optimizer state and master weights live: on the GPU, in host memory, or on a local disk."""
     offload_activations: bool = False
     """What layers keep for the backward pass lives in host memory, but for those at work."""
 

@@ -33,6 +33,8 @@ DISTILLED_BYTES = 12
 probability (or, later, a gradient and what the cross-entropy needs). Of a slice, where the head is sliced."""
 LAYERS_ON_DEVICE = 2
 """Layers whose activations stay where they are offloaded: one computes, and one is copied."""
+OFFLOADED_STATE_BYTES = 12.0
+"""A parameter: its master and two moments in fp32."""
 TOP_K_BYTES = 10
 """That a kept logit of a teacher takes: bf16, and its id."""
 
@@ -53,11 +55,20 @@ class StageMemory:
     """Its weights, and its hidden states that are learned from."""
     host_activations: float = 0.0
     """In host memory, beside all of the above."""
+    host_optimizer: float = 0.0
+    """In host memory as well, where optimizer state is offloaded: its gradients and what is copied to the GPU too."""
+    disk_optimizer: float = 0.0
+    """On a local disk."""
 
     @property
     def allocated(self) -> float:
         """Between steps: what stays when no micro-batch is in flight."""
         return self.weights + self.gradients + self.optimizer + self.teacher + WORKSPACE_BYTES
+
+    @property
+    def host(self) -> float:
+        """Host memory."""
+        return self.host_activations + self.host_optimizer
 
     @property
     def peak(self) -> float:
@@ -119,6 +130,8 @@ def stage_memory(shape: Shape, layout: Layout, stage: int, teacher: Teacher | No
         teacher=_states(teacher.shape, layout, stage)[0] + _kept_hidden_bytes(teacher, layout) if teacher else 0.0,
         host_activations=(layers_in_flight(shape, layout, stage) - layers_on_device(shape, layout, stage))
         * saved_bytes(shape, layout),
+        host_optimizer=_sharded_parameters(shape, layout, stage) * _offloaded_bytes(layout)[0],
+        disk_optimizer=_sharded_parameters(shape, layout, stage) * _offloaded_bytes(layout)[1],
     )
 
 
@@ -289,18 +302,34 @@ def _saved_feed_forward(shape: Shape, layout: Layout) -> float:
     return ((4 if shape.gated else 2) + product_input + layout.stack.extra_saved_ffn) * ffn
 
 
-def _states(shape: Shape, layout: Layout, stage: int) -> tuple[float, float, float]:
-    stack, group = layout.stack, layout.shards
+def _sharded_parameters(shape: Shape, layout: Layout, stage: int) -> float:
+    """Parameters of which one GPU holds the optimizer state, where that is split."""
     experts, dense = stage_parameters(shape, layout, stage)
-    local = experts + dense
     # Experts are shared by fewer ranks, so that there are fewer to split their optimizer state over.
-    sharded = experts / max(1, group // layout.expert) + dense / group
+    return experts / max(1, layout.shards // layout.expert) + dense / layout.shards
+
+
+def _offloaded_bytes(layout: Layout) -> tuple[float, float]:
+    """Bytes a parameter in host memory and on disk: masters, moments, gradients, and weights rounded for the GPU."""
+    staged = 4.0 + layout.element_bytes
+    match layout.offload:
+        case "none":
+            return 0.0, 0.0
+        case "cpu":
+            return OFFLOADED_STATE_BYTES + staged, 0.0
+        case "nvme":
+            return 4.0 + staged, OFFLOADED_STATE_BYTES  # DeepSpeed makes the masters in host memory, before they move
+
+
+def _states(shape: Shape, layout: Layout, stage: int) -> tuple[float, float, float]:
+    stack = layout.stack
+    local, sharded = sum(stage_parameters(shape, layout, stage)), _sharded_parameters(shape, layout, stage)
     weight_bytes, gradient_bytes = (2.0, 4.0) if stack.state_bytes == 6 else (stack.state_bytes / 2,) * 2
     if layout.precision == "fp32":
         weight_bytes, gradient_bytes = 4.0, 4.0
     fp8_copies = 2.0 * local if layout.precision == "fp8" and stack.saves_fp8 else 0.0
     # In fp32 the weights are their own masters.
-    optimizer = 0.0 if layout.offload else 8.0 if layout.precision == "fp32" else stack.optimizer_bytes
+    optimizer = 0.0 if layout.offload != "none" else 8.0 if layout.precision == "fp32" else stack.optimizer_bytes
     match layout.sharding:
         case "none":
             return weight_bytes * local + fp8_copies, gradient_bytes * local, optimizer * local

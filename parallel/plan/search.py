@@ -10,7 +10,7 @@ from itertools import product
 
 from parallel.plan.divides import batch_multiple, divisors, pieces_of_sequence, tensor_sizes
 from parallel.plan.hardware import Gpu
-from parallel.plan.layout import MEGATRON, Layout, Precision, Recompute, Sharding, Stack
+from parallel.plan.layout import MEGATRON, Layout, Offload, Precision, Recompute, Sharding, Stack
 from parallel.plan.memory import GIB, StageMemory, stage_memory
 from parallel.plan.shapes import Shape, Teacher
 from parallel.plan.throughput import StepTime, step_time
@@ -32,7 +32,7 @@ class Task:
     sequence: int
     precisions: tuple[Precision, ...] = ("bf16",)
     engines: tuple[tuple[Stack, Sharding], ...] = ((MEGATRON, "zero1"),)
-    offload: bool = False
+    offload: Offload = "none"
     offload_activations: bool = False
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     recompute: tuple[Recompute, ...] = ("none", "full")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from parallel.plan.constants import FITTED, Constants
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import Layout
-from parallel.plan.memory import layers_of_stage, saved_bytes, stage_parameters
+from parallel.plan.memory import OFFLOADED_STATE_BYTES, layers_of_stage, saved_bytes, stage_parameters
 from parallel.plan.shapes import Shape, Teacher
 
 OPTIMIZER_TRAFFIC = 34.0
@@ -27,6 +27,9 @@ HOST_BANDWIDTH = 40e9
 """Bytes/s of host memory that one GPU's share of the cores gets (8-12 DDR5 channels a socket, two sockets, 8 GPUs)."""
 PCIE_BANDWIDTH = 50e9
 """Bytes/s between a GPU and the host (PCIe 5.0 x16)."""
+NVME_READ_BANDWIDTH = 6.5e9
+"""Bytes/s of one drive a GPU, as in the eight-GPU nodes of the vendor (PCIe 4.0 x4; Samsung's figures for a PM9A3)."""
+NVME_WRITE_BANDWIDTH = 3.5e9
 FP32_OVER_BF16 = 1 / 15
 """Of the rate of matrix products: the CUDA cores', without TF32 (data sheets of A100 and H100)."""
 FORWARD_SHARE = 1 / 3
@@ -387,6 +390,10 @@ def _data_seconds(shape: Shape, layout: Layout, gpu: Gpu, constants: Constants, 
 def _optimizer_seconds(shape: Shape, layout: Layout, gpu: Gpu) -> float:
     local = sum(stage_parameters(shape, layout, 0))
     updated = local / (layout.shards if layout.sharding != "none" else 1)
-    if layout.offload:
-        return updated * (OPTIMIZER_TRAFFIC / HOST_BANDWIDTH + 6 / PCIE_BANDWIDTH)
+    if layout.offload != "none":
+        host = OPTIMIZER_TRAFFIC / HOST_BANDWIDTH
+        if layout.offload == "nvme":
+            # Adam works while the disk reads and writes, all of it once a step.
+            host = max(host, OFFLOADED_STATE_BYTES / NVME_READ_BANDWIDTH + OFFLOADED_STATE_BYTES / NVME_WRITE_BANDWIDTH)
+        return updated * (host + 6 / PCIE_BANDWIDTH)
     return updated * OPTIMIZER_TRAFFIC / gpu.memory_bandwidth

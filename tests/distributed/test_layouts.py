@@ -20,6 +20,7 @@ from tiny import (
     Tensors,
     apart,
     batches,
+    differing,
     fresh,
     on_mesh,
     packed,
@@ -159,6 +160,12 @@ REFUSING = {
     "deepspeed data-3": ZERO(data=2, zero_stage=3),
     "deepspeed offloaded-3": ZERO(data=2, zero_stage=3, offload_optimizer="cpu"),
 }
+# What begins in host memory goes on from a file.
+ON_DISK = {
+    "1 fp32": ZERO(data=2, zero_stage=1, offload_optimizer="cpu"),
+    "2 bf16": ZERO(tensor=2, zero_stage=2, precision="bf16", offload_optimizer="cpu"),
+    "3 bf16": ZERO(data=2, zero_stage=3, precision="bf16", offload_optimizer="cpu"),
+}
 TWO_ENGINES = {
     "tensor x pipeline": Layout(tensor=2, pipeline=2),
     "deepspeed pipeline": ZERO(pipeline=2, zero_stage=1),
@@ -202,6 +209,7 @@ def _runs_of_size(size: int, found: dict[str, Any]) -> None:
     for kind, run, layouts in (
         ("resumed", _train_and_resume, RESUMED),
         ("not finite", _blow_up, REFUSING),
+        ("on disk", _in_memory_and_on_disk, ON_DISK),
         ("two engines", _teacher_and_student, TWO_ENGINES),
         ("gradients", _packed_and_apart, {"one": Layout()}),
     ):
@@ -225,13 +233,24 @@ def _train_and_resume(layout: Layout) -> dict[str, Any]:
     restore(engine, state, 5)
     resumed, end_resumed = train(engine, range(5, 10)), save(engine)
     engine.close()
-    different = [
-        name
-        for one, other in zip(end, end_resumed, strict=True)
-        for name, tensor in one.tensors.items()
-        if not torch.equal(tensor, other.tensors[name])
-    ]
-    return {"straight": straight, "resumed": resumed, "different": different, "names": sorted(end[1].tensors)}
+    names = sorted(end[1].tensors)
+    return {"straight": straight, "resumed": resumed, "different": differing(end, end_resumed), "names": names}
+
+
+def _in_memory_and_on_disk(layout: Layout) -> list[str]:
+    """Names of tensors that are not the same to the last bit."""
+    engine = fresh(layout)
+    train(engine, range(2))
+    state = save(engine)
+    train(engine, range(2, 4))
+    in_memory = save(engine)
+    engine.close()
+    engine = tiny_engine(replace(layout, offload_optimizer="nvme"))
+    restore(engine, state, 2)
+    train(engine, range(2, 4))
+    on_disk = save(engine)
+    engine.close()
+    return differing(in_memory, on_disk)
 
 
 def _continue(
@@ -392,6 +411,11 @@ def test_run_resumed_on_the_same_layout_is_equal_to_the_last_bit(found, name):
     assert result["resumed"] == result["straight"]
     assert result["different"] == []
     assert any(state.startswith("master/") for state in result["names"]) == ("bf16" in name)
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_optimizer_state_on_disk_is_that_in_memory_to_the_last_bit(found, name):
+    assert found[f"on disk/{name}"] == []
 
 
 @pytest.mark.parametrize("name", REFUSING)

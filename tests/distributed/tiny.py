@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,7 @@ class Layout:
             sequence_parallel=self.sequence_parallel,
             zero_stage=self.zero_stage,  # type: ignore[arg-type]
             offload_optimizer=self.offload_optimizer,  # type: ignore[arg-type]
+            offload_directory=gettempdir() if self.offload_optimizer == "nvme" else None,
             overlap=self.overlap,
             recompute=self.recompute,  # type: ignore[arg-type]
             offload_activations=self.offload_activations,
@@ -229,6 +231,16 @@ def save(engine: Engine) -> tuple[Tensors, Tensors]:
 def restore(engine: Engine, state: tuple[Tensors, Tensors], num_steps: int) -> None:
     engine.load_weights(state[0])
     engine.load_optimizer_state(state[1], num_steps=num_steps)
+
+
+def differing(one: tuple[Tensors, Tensors], other: tuple[Tensors, Tensors]) -> list[str]:
+    """Names of the tensors that are not the same to the last bit."""
+    return [
+        name
+        for mine, its in zip(one, other, strict=True)
+        for name, tensor in mine.tensors.items()
+        if not torch.equal(tensor, its.tensors[name])
+    ]
 
 
 class Tensors(TensorSource):

@@ -80,9 +80,13 @@ def test_writing_scores_out_and_unfused_operations_cost_time():
 
 def test_optimizer_in_host_memory_is_slow_and_takes_none_of_the_gpu():
     layout = Layout(data=8, global_batch=64, sharding="zero3", stack=DEEPSPEED)
-    away = replace(layout, offload=True)
-    assert step_time(LLAMA_8B, away, H100).optimizer > 5 * step_time(LLAMA_8B, layout, H100).optimizer
-    assert stage_memory(LLAMA_8B, away, 0).optimizer == 0
+    away, farther = replace(layout, offload="cpu"), replace(layout, offload="nvme")
+    seconds = [step_time(LLAMA_8B, each, H100).optimizer for each in (layout, away, farther)]
+    assert 25 * seconds[0] < 5 * seconds[1] < seconds[2]
+    here, in_memory, on_disk = (stage_memory(LLAMA_8B, each, 0) for each in (layout, away, farther))
+    assert (here.host, here.disk_optimizer, in_memory.optimizer, on_disk.optimizer) == (0, 0, 0, 0)
+    assert on_disk.disk_optimizer == pytest.approx(here.optimizer)
+    assert on_disk.host < in_memory.host - 0.6 * here.optimizer
 
 
 def test_activations_in_host_memory_cost_what_the_layers_do_not_hide():

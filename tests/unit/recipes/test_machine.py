@@ -67,4 +67,5 @@ def test_free_space_is_asked_of_the_nearest_directory_that_exists(tmp_path):
     assert existing_parent(tmp_path / "a" / "b") == tmp_path
     machine = Machine(cores=1, memory_bytes=GIB)
     assert machine.free_disk_bytes(tmp_path / "a") > 0
+    assert machine.file_system_of(Path("/proc/self")) == "proc"
     assert existing_parent(Path("relative")) == Path.cwd()

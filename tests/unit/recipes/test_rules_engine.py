@@ -1,6 +1,7 @@
 """Which combinations of axes and options a backend has, and in which words the rest is refused."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 from check_samples import BIG_DISK, LAPTOP, assert_told, changed, full_size, layout, problems_of, rehearsal
@@ -69,10 +70,27 @@ def test_deepspeed_does_not_interleave():
         (rehearsal(engine__offload_optimizer="cpu"), ("Megatron", "engine=deepspeed")),
         (deepspeed(engine__offload_optimizer="cpu", engine__zero_stage=0), ("zero_stage 1 to 3", "are 0 and 1 ranks")),
         (layout(deepspeed(engine__offload_optimizer="cpu"), pipeline=2), ("no pipeline", "are 1 and 2 ranks")),
+        (layout(deepspeed(engine__offload_optimizer="nvme"), pipeline=2), ("nvme needs", "no pipeline")),
     ],
 )
 def test_offloading_that_is_not_offered(config, words):
     assert_told(config, "engine.offload_optimizer", *words)
+
+
+def test_a_disk_for_optimizer_state_is_looked_at_before_launch(tmp_path):
+    def on_disk(directory):
+        return deepspeed(engine__offload_optimizer="nvme", engine__offload_directory=directory)
+
+    path = "engine.offload_directory"
+    assert_told(on_disk(None), path, "engine.offload_directory=DIR")
+    assert_told(on_disk(str(tmp_path / "absent")), path, "is no directory")
+    assert problems_of(on_disk(str(tmp_path))) == {}
+    full = replace(LAPTOP, free_disk_bytes=lambda path: 10_000)
+    assert_told(on_disk(str(tmp_path)), path, "9.8 KiB free", "12 bytes a parameter", machine=full)
+    for kind, words in (("tmpfs", "memory itself"), ("nfs4", "over a network"), ("ext4", None)):
+        machine = replace(LAPTOP, file_system_of=lambda path, kind=kind: kind)
+        told = [problem.message for problem in check.warnings(on_disk(str(tmp_path)), machine) if problem.path == path]
+        assert [words in message for message in told] == ([True] if words else [])
 
 
 @pytest.mark.parametrize("backend", ["megatron", "deepspeed"])
