@@ -103,10 +103,11 @@ def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> Ran
             ),
             virtual_pipeline=mesh.virtual_pipeline,
         )
+        run_stages = _entry(entry)
         # What was imported is not looked through again: a full collection, as when an engine is closed, takes
         # milliseconds instead of half a second, in which the other ranks would wait for this one.
         gc.freeze()
-        outcome = _entry(entry)(RankContext(place=place, config=config, run=run))
+        outcome = run_stages(RankContext(place=place, config=config, run=run))
         groups.shut_down()
         return outcome
     except BaseException as error:

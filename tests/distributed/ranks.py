@@ -21,7 +21,7 @@ import torch.distributed as dist
 LIMIT_SECONDS = 120.0
 GRACE_SECONDS = 2.0
 # Imported once, by the server that ranks are forked from: a rank then starts in milliseconds, not in seconds.
-PRELOADED = ["ranks", "parallel.megatron"]
+PRELOADED = ["ranks", "parallel.deepspeed"]
 
 
 class RankFailedError(AssertionError):
