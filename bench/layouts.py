@@ -196,7 +196,7 @@ def _be_rank(rank: int, world_size: int, port: int, given: Sequence[Case], resul
 
 
 def curves(num_ranks: int, given: Sequence[Case]) -> Iterator[tuple[list[float], float]]:
-    """Losses and seconds of each case, in new processes."""
+    """Losses and seconds of each case, in new processes; ends where one of them does."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["parallel.deepspeed"])
     store, results = groups.host_store(), context.Queue()
@@ -207,6 +207,10 @@ def curves(num_ranks: int, given: Sequence[Case]) -> Iterator[tuple[list[float],
     for process in ranks:
         process.start()
     for _ in given:
+        while results.empty():
+            if any(process.exitcode for process in ranks):
+                raise SystemExit("a rank failed")
+            time.sleep(0.05)
         yield results.get()
     for process in ranks:
         process.join()

@@ -230,10 +230,19 @@ def test_attention_kernel_is_the_one_of_the_rule():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 2, "offload_optimizer": "cpu"}],
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 2},
+        {"zero_stage": 3},
+        {"zero_stage": 2, "offload_optimizer": "cpu"},
+        {"zero_stage": 2, "offload_optimizer": "nvme"},
+        {"zero_stage": 3, "offload_optimizer": "nvme"},
+    ],
     ids=str,
 )
-def test_deepspeed_does_not_change_the_numbers(changes):
+def test_deepspeed_does_not_change_the_numbers(changes, tmp_path):
+    if changes.get("offload_optimizer") == "nvme":
+        changes = changes | {"offload_directory": str(tmp_path)}
     found = losses(engine_config("bf16", backend="deepspeed", **changes))
     assert found == pytest.approx(losses(engine_config("bf16")), abs=1e-3)
 

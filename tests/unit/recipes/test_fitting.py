@@ -6,7 +6,8 @@ import pytest
 import yaml
 from check_samples import BIG_DISK, changed, full_size
 
-from conf.schema import RunConfig
+from conf import load
+from conf.schema import MeshConfig, RunConfig
 from parallel.plan.memory import GIB
 from recipes import fit
 from recipes.check import resolve
@@ -71,6 +72,21 @@ def test_host_memory_is_advised_where_there_is_enough_of_it():
     assert fit.memory_of_stage(away, STAGE).needed < 80 * GIB < fit.HOST_BYTES
     assert fit.memory_of_stage(away, STAGE).host_activations > fit.HOST_BYTES
     assert not any("offload" in change.overrides for change in changes_for(large_batch(), STAGE, 80 * GIB))
+
+
+def test_host_memory_is_advised_for_optimizer_state_and_a_disk_where_that_is_too_small(monkeypatch):
+    engine = replace(
+        load.compose(["recipe=foundation", "engine=deepspeed", "cluster=h200_ray"]).engine,
+        mesh=MeshConfig(tensor=8, context=1, pipeline=1, virtual_pipeline=1, data=None),
+        recompute="full",
+    )
+    batch = {f"stages__{STAGE}__training__{key}": value for key, value in (("micro_batch", 1), ("global_batch", 64))}
+    config = resolve(changed(full_size(), engine=engine, cluster__num_nodes=1, **batch), BIG_DISK)
+    told = [change.overrides for change in changes_for(config, STAGE, 80 * GIB)]
+    assert told == ["engine.offload_optimizer=cpu"]
+    monkeypatch.setattr(fit, "HOST_BYTES", 100 * GIB)
+    told = [change.overrides for change in changes_for(config, STAGE, 80 * GIB)]
+    assert told == ["engine.offload_optimizer=nvme engine.offload_directory=DIR"]
 
 
 def test_advice_where_the_model_sees_no_reason():
