@@ -164,6 +164,7 @@ class DeepSpeedEngine(MegatronEngine):
                 # Module globals that would keep the pipeline's groups.
                 p2p._grid = p2p._groups = None
             self._trainer = None
+            zero.let_go(self._chunks[0])
         super().close()
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
 
 from parallel import adam
@@ -234,6 +236,18 @@ class ScatteredAdam(ZeroAdam):
             else:
                 gradients = self.wrapper.averaged_gradients[index]
             yield from zip(parameters, gradients, strict=True)
+
+
+def let_go(model: torch.nn.Module) -> None:
+    """Take a model that was trained at stage 3 from what DeepSpeed keeps in its modules, where nothing ever leaves.
+
+    The root of every model stays on a stack of modules, and a cache on a method keeps modules; what engines that are
+    still used had in it is found anew.
+    """
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not model]
+    method = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    (cached,) = (cell.cell_contents for cell in method.__closure__)  # within what marks it for profilers
+    cached.cache_clear()
 
 
 def kind_of(engine: Any) -> type[ZeroAdam]:

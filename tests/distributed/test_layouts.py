@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -195,9 +196,14 @@ def _teacher_and_student(layout: Layout) -> dict[str, Any]:
     losses = [step.loss for step in train(student, range(FEW_STEPS))]
     after = teacher.score(questions)
     same = torch.equal(before.loss_B, after.loss_B)
+    models = [weakref.ref(chunk) for engine in (teacher, student) for chunk in engine._chunks]  # type: ignore[attr-defined]
     teacher.close()
     student.close()
-    return {"teacher unchanged": same, "student losses": losses}
+    return {
+        "teacher unchanged": same,
+        "student losses": losses,
+        "models left": [model() is not None for model in models],
+    }
 
 
 def assert_same_curve(name: str, other: Curve, one: Curve, *, abs: float) -> None:
@@ -321,3 +327,4 @@ def test_two_models_live_in_one_process(found, name):
     result = found[f"two engines/{name}"]
     assert result["teacher unchanged"]
     assert result["student losses"][-1] < result["student losses"][0] - 0.01
+    assert not any(result["models left"]), "what is closed is let go"
