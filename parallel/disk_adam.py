@@ -68,12 +68,13 @@ class DiskAdam(GuardedAdam):
         tensors = (self.main_of(flat), *(state[moment] for moment in MOMENTS))
         beta1, beta2 = group["betas"]
         for start, stop in self._files[flat].walk():
-            main, *moments = (tensor[start:stop] for tensor in tensors)
+            main, mean, square = (tensor[start:stop] for tensor in tensors)
             gradient = gradients[start:stop].mul_(self.gradient_scale)
             torch._fused_adamw_(
                 [main],
                 [gradient],
-                *([moment] for moment in moments),
+                [mean],
+                [square],
                 [],
                 [state["step"]],
                 lr=group["lr"],
