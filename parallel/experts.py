@@ -169,15 +169,15 @@ class GroupedExperts(torch.nn.Module):
         hidden = config.hidden_size
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
 
-        def parameter(*shape: int) -> torch.nn.Parameter:
-            weight = torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=this_device())
-            made = torch.nn.Parameter(weight)
+        def matrices(num_rows: int, num_columns: int) -> GroupedLinear:
+            shape = (num_local_experts, num_rows, num_columns)
+            made = GroupedLinear(torch.empty(shape, dtype=config.params_dtype, device=this_device()))
             # Megatron reduces gradients of parameters marked so over the ranks that hold the same experts.
-            made.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+            made.weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
             return made
 
-        self.gate_up = parameter(2 * width, hidden)
-        self.down = parameter(hidden, width)
+        self.gate_up = matrices(2 * width, hidden)
+        self.down = matrices(hidden, width)
 
     def forward(self, tokens_ND: Tensor, tokens_per_expert_L: Tensor, weights_N: Tensor) -> tuple[Tensor, None]:
         """Each token through its expert, times its weight; tokens are in order of their experts.
@@ -186,9 +186,21 @@ class GroupedExperts(torch.nn.Module):
             (N, D) sums over this tensor rank's part of the width, and no bias.
         """
         ends_L = tokens_per_expert_L.cumsum(0)
-        gate_up_N2F = grouped_linear(tokens_ND, self.gate_up, ends_L)
+        gate_up_N2F = self.gate_up(tokens_ND, ends_L)
         inner_NF = weighted_bias_swiglu_impl(gate_up_N2F, None, weights_N.unsqueeze(-1))
-        return grouped_linear(inner_NF, self.down, ends_L), None
+        return self.down(inner_NF, ends_L), None
+
+
+class GroupedLinear(torch.nn.Module):
+    """A matrix for each of this rank's experts, which its tokens are multiplied by the transpose of."""
+
+    def __init__(self, weight_LOI: Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight_LOI)
+
+    def forward(self, tokens_NI: Tensor, ends_L: Tensor) -> Tensor:
+        """See `grouped_linear`."""
+        return grouped_linear(tokens_NI, self.weight, ends_L)
 
 
 def grouped_linear(tokens_NI: Tensor, weights_LOI: Tensor, ends_L: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""How much each part of a model matters: hidden channels, feed-forward neurons, attention heads and layers.
+"""How much each part of a model matters: hidden channels, experts, feed-forward neurons, heads and layers.
 
 Activation importance (Muralidharan et al. 2024, "Compact language models via pruning and knowledge distillation") needs
 forward passes only. `Observer` hangs on the chunks of one rank and adds up; what it returns is the same on every rank
-and whatever the mesh, because every sum is over the whole batch and the whole sequence before anything is squared.
+and whatever the mesh, because every sum is over the whole batch and the whole sequence before anything is squared. What
+is sent to experts has left its row, and is added up token by token.
 
-Shape suffixes: N norms (two a layer, then the final one), L layers, D hidden channels, F feed-forward neurons, H heads,
-S tokens here, B rows.
+Shape suffixes: N norms (two a layer, then the final one), L layers, D hidden channels, E experts (1 in a dense model),
+F feed-forward neurons, H heads, S tokens here, B rows, T tokens sent to this rank's experts.
 """
 
 from __future__ import annotations
@@ -31,18 +32,20 @@ class Importance:
 
     Attributes:
         hidden_ND: of the hidden channels, at the output of each norm.
-        ffn_LF: of the feed-forward neurons.
+        ffn_LEF: of the feed-forward neurons.
         heads_LH: of the query heads.
         layers_L: of the layers: their block influence, 1 - cosine of what goes in and what comes out.
         energy_ND: mean square of what goes into each norm, over the mean of all channels; pruned norms are rescaled
             by it.
+        experts_LE: of the experts; 0 in a dense model.
     """
 
     hidden_ND: Tensor
-    ffn_LF: Tensor
+    ffn_LEF: Tensor
     heads_LH: Tensor
     layers_L: Tensor
     energy_ND: Tensor
+    experts_LE: Tensor
 
     @classmethod
     def zeros(cls, model: ModelConfig, device: torch.device | None = None) -> Importance:
@@ -50,10 +53,11 @@ class Importance:
         norms = 2 * model.num_layers + 1
         shapes = (
             (norms, model.hidden_size),
-            (model.num_layers, model.ffn_hidden_size),
+            (model.num_layers, model.num_experts, model.ffn_hidden_size),
             (model.num_layers, model.num_attention_heads),
             (model.num_layers,),
             (norms, model.hidden_size),
+            (model.num_layers, model.num_experts),
         )
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
@@ -68,7 +72,7 @@ class Importance:
             FloatingPointError: names the scores and the layers that are not finite.
         """
         for name, scores in self.tensors().items():
-            rows = scores.unsqueeze(-1).flatten(1)
+            rows = scores.reshape(len(scores), -1)
             wrong = [row for row in range(len(rows)) if not bool(rows[row].isfinite().all())]
             if wrong:
                 part = "norms" if name.endswith("_ND") else "layers"
@@ -78,41 +82,52 @@ class Importance:
                 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What of the tokens and of the neurons a rank sees.
+
+    Attributes:
+        tensor_rank: which slice of heads and neurons.
+        context_rank: which part of each row inside tensor-parallel regions.
+        experts: numbers of this rank's experts.
+        sequence_group: ranks over which the tokens of one row are split outside tensor-parallel regions.
+        context_group: ranks over which they are split inside them.
+        expert_tensor_group: ranks that hold the other slices of this rank's experts, and are given the same tokens.
+    """
+
+    tensor_rank: int
+    context_rank: int
+    experts: range
+    sequence_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    expert_tensor_group: dist.ProcessGroup
+
+
 class Observer:
     """Adds up what passes through the chunks of one rank.
 
     Args:
         model: shape of the whole model.
         device: where the sums are kept.
-        sequence_group: ranks over which the tokens of one row are split outside tensor-parallel regions.
-        context_group: ranks over which they are split inside them.
+        share: what of it this rank sees.
         num_micro_batches: calls of each module that count; an interleaved schedule may add some to fill its rounds.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        device: torch.device,
-        *,
-        sequence_group: dist.ProcessGroup,
-        context_group: dist.ProcessGroup,
-        num_micro_batches: int,
-    ) -> None:
+    def __init__(self, model: ModelConfig, device: torch.device, share: Share, *, num_micro_batches: int) -> None:
         self.sums = Importance.zeros(model, device)
         self._model = model
-        self._sequence_group = sequence_group
-        self._context_group = context_group
+        self._share = share
         self._num_micro_batches = num_micro_batches
         self._num_calls: dict[str, int] = {}
 
     @contextmanager
-    def watching(self, chunks: Sequence[Any], *, tensor_rank: int) -> Iterator[None]:
+    def watching(self, chunks: Sequence[Any]) -> Iterator[None]:
         """While open, forward passes of Megatron's GPTModel chunks are added up."""
         handles: list[Any] = []
         try:
             for chunk in chunks:
                 for layer in chunk.decoder.layers:
-                    handles += self._watch_layer(layer, layer.layer_number - 1, tensor_rank)
+                    handles += self._watch_layer(layer, layer.layer_number - 1)
                 final = getattr(chunk.decoder, "final_layernorm", None)
                 if final is not None:
                     handles.append(final.register_forward_hook(partial(self._on_norm, 2 * self._model.num_layers)))
@@ -121,14 +136,18 @@ class Observer:
             for handle in handles:
                 handle.remove()
 
-    def _watch_layer(self, layer: Any, number: int, tensor_rank: int) -> list[Any]:
-        attention_out, ffn_out = layer.self_attention.linear_proj, layer.mlp.linear_fc2
+    def _watch_layer(self, layer: Any, number: int) -> list[Any]:
+        if self._model.experts is None:
+            feed_forward = layer.mlp.linear_fc2.register_forward_pre_hook(partial(self._on_ffn, number))
+        else:
+            feed_forward = layer.mlp.experts.down.register_forward_hook(partial(self._on_experts, number))
+        heads = layer.self_attention.linear_proj.register_forward_pre_hook(partial(self._on_heads, number))
         return [
             layer.register_forward_hook(partial(self._on_layer, number), with_kwargs=True),
             layer.input_layernorm.register_forward_hook(partial(self._on_norm, 2 * number)),
             layer.pre_mlp_layernorm.register_forward_hook(partial(self._on_norm, 2 * number + 1)),
-            attention_out.register_forward_pre_hook(partial(self._on_heads, number, tensor_rank)),
-            ffn_out.register_forward_pre_hook(partial(self._on_ffn, number, tensor_rank)),
+            heads,
+            feed_forward,
         ]
 
     def _counts(self, key: str) -> bool:
@@ -138,51 +157,70 @@ class Observer:
     def _on_norm(self, norm: int, module: Any, given: tuple[Tensor, ...], output_SBD: Tensor) -> None:
         if not self._counts(f"norm {norm}"):
             return
-        self.sums.hidden_ND[norm] += _squared_means(output_SBD.abs(), self._sequence_group)
+        self.sums.hidden_ND[norm] += _squared_means(output_SBD.abs(), self._share.sequence_group)
         squares_SBD = given[0].float().square()
         relative_SBD = squares_SBD / squares_SBD.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        self.sums.energy_ND[norm] += _means(relative_SBD, self._sequence_group).sum(dim=0)
+        self.sums.energy_ND[norm] += _means(relative_SBD, self._share.sequence_group).sum(dim=0)
 
-    def _on_ffn(self, layer: int, tensor_rank: int, module: Any, given: tuple[Tensor, ...]) -> None:
+    def _on_ffn(self, layer: int, module: Any, given: tuple[Tensor, ...]) -> None:
         if self._counts(f"ffn {layer}"):
-            scores = _squared_means(given[0].abs(), self._context_group)
-            first = tensor_rank * len(scores)
-            self.sums.ffn_LF[layer, first : first + len(scores)] += scores
+            self._add_slice(self.sums.ffn_LEF[layer, 0], _squared_means(given[0].abs(), self._share.context_group))
 
-    def _on_heads(self, layer: int, tensor_rank: int, module: Any, given: tuple[Tensor, ...]) -> None:
+    def _on_experts(self, layer: int, module: Any, given: tuple[Tensor, ...], output_TD: Tensor) -> None:
+        """What goes into the down projection, and what comes out, has been multiplied by the router's weight."""
+        if not self._counts(f"experts {layer}"):
+            return
+        inner_TF, ends_E = given
+        if self._share.expert_tensor_group.size() > 1:
+            output_TD = output_TD.clone()
+            dist.all_reduce(output_TD, group=self._share.expert_tensor_group)
+        norms_T = torch.linalg.vector_norm(output_TD, dim=-1, dtype=torch.float32)
+        starts_E = (0, *ends_E.tolist()[:-1])
+        for expert, start, end in zip(self._share.experts, starts_E, ends_E.tolist(), strict=True):
+            squares_F = inner_TF[start:end].float().square().sum(dim=0)
+            self._add_slice(self.sums.ffn_LEF[layer, expert], squares_F.double())
+            self.sums.experts_LE[layer, expert] += norms_T[start:end].square().sum()
+
+    def _on_heads(self, layer: int, module: Any, given: tuple[Tensor, ...]) -> None:
         if self._counts(f"heads {layer}"):
             output_SBHD = given[0].view(*given[0].shape[:-1], -1, self._model.head_dim)
             norms_SBH = torch.linalg.vector_norm(output_SBHD, dim=-1, dtype=torch.float32)
-            scores = _squared_means(norms_SBH, self._context_group)
-            first = tensor_rank * len(scores)
-            self.sums.heads_LH[layer, first : first + len(scores)] += scores
+            self._add_slice(self.sums.heads_LH[layer], _squared_means(norms_SBH, self._share.context_group))
+
+    def _add_slice(self, sums_X: Tensor, scores: Tensor) -> None:
+        """Add the scores of this tensor rank's neurons or heads where they belong."""
+        first = self._share.tensor_rank * len(scores)
+        sums_X[first : first + len(scores)] += scores
 
     def _on_layer(self, number: int, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._counts(f"layer {number}"):
             before_SBD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             after_SBD = output[0] if isinstance(output, tuple) else output
             cosine_SB = torch.nn.functional.cosine_similarity(before_SBD.float(), after_SBD.float(), dim=-1)
-            self.sums.layers_L[number] += _means(1.0 - cosine_SB, self._sequence_group).sum()
+            self.sums.layers_L[number] += _means(1.0 - cosine_SB, self._share.sequence_group).sum()
 
-    def importance(self, *, counts_whole: bool, counts_slices: bool, num_rows: int) -> Importance:
+    def importance(self, *, num_rows: int) -> Importance:
         """Add up over all ranks; every rank takes part.
 
         Args:
-            counts_whole: this rank adds what all tensor and context ranks hold alike.
-            counts_slices: this rank adds its slice of what tensor ranks share out and context ranks hold alike.
             num_rows: of the whole calibration batch.
         """
+        tensor_rank, context_rank = self._share.tensor_rank, self._share.context_rank
         for name, tensor in self.sums.tensors().items():
-            if not (counts_slices if name in ("ffn_LF", "heads_LH") else counts_whole):
+            # What others hold alike is added by one of them. No other rank was sent the tokens of this one's experts.
+            from_experts = name == "experts_LE" or (name == "ffn_LEF" and self._model.experts is not None)
+            in_slices = name in ("ffn_LEF", "heads_LH")
+            if (tensor_rank and not in_slices) or (context_rank and not from_experts):
                 tensor.zero_()
             dist.all_reduce(tensor)
         sums = self.sums
         importance = Importance(
             hidden_ND=sums.hidden_ND.sqrt().cpu(),
-            ffn_LF=sums.ffn_LF.sqrt().cpu(),
+            ffn_LEF=sums.ffn_LEF.sqrt().cpu(),
             heads_LH=sums.heads_LH.sqrt().cpu(),
             layers_L=(sums.layers_L / num_rows).cpu(),
             energy_ND=(sums.energy_ND / num_rows).cpu(),
+            experts_LE=sums.experts_LE.sqrt().cpu(),
         )
         importance.require_finite()
         return importance

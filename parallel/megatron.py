@@ -30,7 +30,7 @@ from parallel.groups import megatron_coordinate
 from parallel.head import keep_hidden, loss_of_hidden, score_rows
 from parallel.hidden_states import METRIC as HIDDEN_STATES
 from parallel.hidden_states import Matching, keep_outputs
-from parallel.importance import Importance, Observer
+from parallel.importance import Importance, Observer, Share
 from parallel.inputs import Inputs, inputs_of_rank, placed
 from parallel.linear import SCALING, use_own_products
 from parallel.memory_errors import naming_memory_errors
@@ -74,6 +74,7 @@ class MegatronEngine:
         self._keeps_hidden = optim is None or self._trains_without_logits
         with tensors_as_on_cuda():
             self._chunks = build_chunks(model, engine, mesh)
+        self._experts = weight_names.experts_of_rank(model, mesh.expert_rank(self.coordinate), mesh.expert)
         self._parameters = dict(self._named_boxes(model))
         if self._is_last and self._keeps_hidden:
             keep_hidden(self._chunks[-1])
@@ -111,9 +112,7 @@ class MegatronEngine:
                     first_layer=first_layer_of(chunk),
                     tensor_rank=self.coordinate.tensor,
                     tensor_size=self.mesh.tensor,
-                    experts=weight_names.experts_of_rank(
-                        model, self.mesh.expert_rank(self.coordinate), self.mesh.expert
-                    ),
+                    experts=self._experts,
                 )
                 assert sum(box.num_elements for box in boxes) == parameter.numel(), name
                 # Megatron marks what is sliced over tensor ranks only where it initialises weights itself; unmarked
@@ -262,21 +261,18 @@ class MegatronEngine:
         """See `Engine.observe`."""
         split = self._engine.sequence_parallel
         context = parallel_state.get_context_parallel_group()
-        observer = Observer(
-            self._model,
-            self._device,
+        share = Share(
+            tensor_rank=self.coordinate.tensor,
+            context_rank=self.coordinate.context,
+            experts=self._experts,
             sequence_group=parallel_state.get_tensor_and_context_parallel_group() if split else context,
             context_group=context,
-            num_micro_batches=len(micro_batches),
+            expert_tensor_group=parallel_state.get_expert_tensor_parallel_group(),
         )
-        with observer.watching(self._chunks, tensor_rank=self.coordinate.tensor):
+        observer = Observer(self._model, self._device, share, num_micro_batches=len(micro_batches))
+        with observer.watching(self._chunks):
             self._look(micro_batches, _nothing)
-        is_first = self.coordinate.context == 0
-        return observer.importance(
-            counts_whole=is_first and self.coordinate.tensor == 0,
-            counts_slices=is_first,
-            num_rows=len(micro_batches) * self._micro_batch * self.mesh.data,
-        )
+        return observer.importance(num_rows=len(micro_batches) * self._micro_batch * self.mesh.data)
 
     @torch.no_grad()
     def input_ranges(self, micro_batches: Sequence[Batch]) -> Channels:

@@ -1,7 +1,8 @@
-"""A smaller dense model cut out of a larger one: which parts stay, and their weights as a source any box is read from.
+"""A smaller model cut out of a larger one: which parts stay, and their weights as a source any box is read from.
 
-Hidden channels are the same everywhere, since the residual stream joins all layers; each layer keeps neurons and heads
-of its own, equally many, so the result is an ordinary model of a smaller shape.
+Hidden channels are the same everywhere, since the residual stream joins all layers; each layer keeps heads and experts
+of its own and each expert neurons of its own, equally many, so the result is an ordinary model of a smaller shape. A
+dense layer is one expert. Rows of routers go with their experts.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from conf.errors import CheckpointError
 from conf.schema import ModelConfig
 from parallel.engine import TensorSource
 from parallel.importance import Importance
-from parallel.weight_names import EMBEDDING, FINAL_NORM, OUTPUT, logical_shapes
+from parallel.weight_names import EMBEDDING, FINAL_NORM, OUTPUT, ROUTER, logical_shapes, of_any_expert, of_expert
 
 Indices = npt.NDArray[np.int64]
-Dim = Literal["vocabulary", "hidden", "ffn", "queries", "keys"]
+Dim = Literal["vocabulary", "hidden", "experts", "ffn", "queries", "keys"]
 
 DIMS_OF_LAYER: dict[str, tuple[Dim, ...]] = {
     "input_layernorm.weight": ("hidden",),
@@ -34,7 +35,12 @@ DIMS_OF_LAYER: dict[str, tuple[Dim, ...]] = {
     "mlp.gate_proj.weight": ("ffn", "hidden"),
     "mlp.up_proj.weight": ("ffn", "hidden"),
     "mlp.down_proj.weight": ("hidden", "ffn"),
+    ROUTER: ("experts", "hidden"),
+    "block_sparse_moe.experts.w1.weight": ("ffn", "hidden"),
+    "block_sparse_moe.experts.w3.weight": ("ffn", "hidden"),
+    "block_sparse_moe.experts.w2.weight": ("hidden", "ffn"),
 }
+"""By the name that all experts of a layer have in common."""
 NORMS_OF_LAYER = {"input_layernorm.weight": 0, "post_attention_layernorm.weight": 1}
 
 
@@ -45,7 +51,8 @@ class Kept:
     Attributes:
         layers: numbers of the layers.
         hidden: channels.
-        ffn: neurons of each layer that stays.
+        experts: of each layer that stays.
+        ffn: neurons of each expert that stays, of each layer that stays.
         groups: key-value groups of each layer that stays.
         heads: query heads of each layer that stays, in the order of its groups.
         norm_scales: what to multiply the weights of each norm by (two a layer, then the final one): a norm divides by
@@ -54,7 +61,8 @@ class Kept:
 
     layers: Indices
     hidden: Indices
-    ffn: tuple[Indices, ...]
+    experts: tuple[Indices, ...]
+    ffn: tuple[tuple[Indices, ...], ...]
     groups: tuple[Indices, ...]
     heads: tuple[Indices, ...]
     norm_scales: tuple[float, ...]
@@ -68,8 +76,10 @@ def most_important(importance: Importance, parent: ModelConfig, shape: ModelConf
     hidden_ND = importance.hidden_ND[norms]
     hidden_D = (hidden_ND / hidden_ND.mean(dim=1, keepdim=True).clamp_min(1e-300)).sum(dim=0)
     hidden = _largest(hidden_D, shape.hidden_size)
-    groups, heads = [], []
+    groups, heads, experts, ffn = [], [], [], []
     for layer in layers:
+        experts.append(_largest(importance.experts_LE[layer], shape.num_experts))
+        ffn.append(tuple(_largest(importance.ffn_LEF[layer, e], shape.ffn_hidden_size) for e in experts[-1]))
         score_GQ = importance.heads_LH[layer].view(parent.num_kv_heads, -1)
         kept = _largest(score_GQ.square().sum(dim=1), shape.num_kv_heads)
         per_group = shape.num_attention_heads // shape.num_kv_heads
@@ -80,7 +90,8 @@ def most_important(importance: Importance, parent: ModelConfig, shape: ModelConf
     return Kept(
         layers=layers,
         hidden=hidden,
-        ffn=tuple(_largest(importance.ffn_LF[layer], shape.ffn_hidden_size) for layer in layers),
+        experts=tuple(experts),
+        ffn=tuple(ffn),
         groups=tuple(groups),
         heads=tuple(heads),
         norm_scales=tuple(scales.tolist()),
@@ -94,10 +105,16 @@ def retained(importance: Importance, kept: Kept) -> float:
         pairs = zip(kept.layers.tolist(), kept_L, strict=True)
         return float(np.mean([_share(scores_LX[layer : layer + 1], places) for layer, places in pairs]))
 
+    neurons = [
+        _share(importance.ffn_LEF[layer, expert : expert + 1], places)
+        for layer, experts, kept_E in zip(kept.layers.tolist(), kept.experts, kept.ffn, strict=True)
+        for expert, places in zip(experts.tolist(), kept_E, strict=True)
+    ]
     shares = [
         _share(importance.hidden_ND, kept.hidden),
         _share(importance.layers_L.unsqueeze(0), kept.layers),
-        mean_share(importance.ffn_LF, kept.ffn),
+        mean_share(importance.experts_LE, kept.experts),
+        float(np.mean(neurons)),
         mean_share(importance.heads_LH, kept.heads),
     ]
     return math.prod(shares)
@@ -130,9 +147,9 @@ class PrunedWeights:
             start < 0 or start + size > all_ for start, size, all_ in zip(offset, shape, whole, strict=True)
         ):
             raise CheckpointError(f"{name}: the box at {offset} of shape {shape} is outside its shape {whole}")
-        parent_name, layer, dims = self._origin(name)
+        parent_name, layer, expert, dims = self._origin(name)
         wanted = [
-            self._indices(dim, layer)[start : start + size]
+            self._indices(dim, layer, expert)[start : start + size]
             for dim, start, size in zip(dims, offset, shape, strict=True)
         ]
         if any(len(indices) == 0 for indices in wanted):
@@ -147,27 +164,30 @@ class PrunedWeights:
         scale = self._norm_scale(name, layer)
         return values if scale == 1.0 else values * scale
 
-    def _origin(self, name: str) -> tuple[str, int, tuple[Dim, ...]]:
-        """The parent's name, the number of the layer in the pruned model (-1: none), and what the dims are."""
+    def _origin(self, name: str) -> tuple[str, int, int, tuple[Dim, ...]]:
+        """The parent's name, the layer (-1: none) and the expert in the pruned model, and what the dims are."""
         match name.split(".", 3):
             case ["model", "layers", number, rest]:
-                layer = int(number)
-                return f"model.layers.{self._kept.layers[layer]}.{rest}", layer, DIMS_OF_LAYER[rest]
+                layer, (part, expert) = int(number), of_any_expert(rest)
+                its = of_expert(part, int(self._kept.experts[layer][expert]))
+                return f"model.layers.{self._kept.layers[layer]}.{its}", layer, expert, DIMS_OF_LAYER[part]
         dims: dict[str, tuple[Dim, ...]] = {
             EMBEDDING: ("vocabulary", "hidden"),
             OUTPUT: ("vocabulary", "hidden"),
             FINAL_NORM: ("hidden",),
         }
-        return name, -1, dims[name]
+        return name, -1, 0, dims[name]
 
-    def _indices(self, dim: Dim, layer: int) -> Indices:
+    def _indices(self, dim: Dim, layer: int, expert: int) -> Indices:
         match dim:
             case "vocabulary":
                 return np.arange(self._vocab_size, dtype=np.int64)
             case "hidden":
                 return self._kept.hidden
+            case "experts":
+                return self._kept.experts[layer]
             case "ffn":
-                return self._kept.ffn[layer]
+                return self._kept.ffn[layer][expert]
             case "queries":
                 return self._whole_heads(self._kept.heads[layer])
             case "keys":

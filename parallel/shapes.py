@@ -1,4 +1,4 @@
-"""Smaller shapes of a model that hold a target and that engines and Hugging Face's Llama accept. Arithmetic only."""
+"""Smaller shapes of a model that hold a target and that engines and Hugging Face accept. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ class Grid:
         ffn_multiple: feed-forward sizes are.
         kv_heads_multiple: numbers of key-value heads are (tensor ranks share them out).
         layers_multiple: numbers of layers are (pipeline ranks do).
+        experts_multiple: numbers of experts are (expert ranks do). Students keep those their teacher has.
     """
 
     hidden_multiple: int
     ffn_multiple: int
     kv_heads_multiple: int
     layers_multiple: int
+    experts_multiple: int = 1
 
 
 def size_of(model: ModelConfig, measure: Measure) -> float:
@@ -53,7 +55,7 @@ def size_of(model: ModelConfig, measure: Measure) -> float:
 
 
 def is_exportable(model: ModelConfig) -> bool:
-    """Whether Hugging Face's Llama takes the shape."""
+    """Whether Hugging Face's Llama (or Mixtral) takes the shape."""
     return _heads_divide(model.hidden_size, model.num_attention_heads, model.num_kv_heads)
 
 
@@ -66,9 +68,10 @@ def smaller_shapes(parent: ModelConfig, cut: Cut, grid: Grid) -> Iterator[ModelC
     hidden = _steps(parent.hidden_size, grid.hidden_multiple) if cut != "depth" else [parent.hidden_size]
     ffn = _steps(parent.ffn_hidden_size, grid.ffn_multiple) if cut != "depth" else [parent.ffn_hidden_size]
     groups = _steps(parent.num_kv_heads, grid.kv_heads_multiple) if cut != "depth" else [parent.num_kv_heads]
+    experts = _numbers_of_experts(parent, grid) if cut != "depth" else [parent.num_experts]
     layers = _steps(parent.num_layers, grid.layers_multiple) if cut != "width" else [parent.num_layers]
     per_group = parent.num_attention_heads // parent.num_kv_heads
-    for num_layers, num_groups, hidden_size, ffn_size in product(layers, groups, hidden, ffn):
+    for num_layers, num_groups, num_experts, hidden_size, ffn_size in product(layers, groups, experts, hidden, ffn):
         # Most of a fine grid ends here: before there is a model of it.
         if not _heads_divide(hidden_size, num_groups * per_group, num_groups):
             continue
@@ -79,7 +82,7 @@ def smaller_shapes(parent: ModelConfig, cut: Cut, grid: Grid) -> Iterator[ModelC
             num_attention_heads=num_groups * per_group,
             hidden_size=hidden_size,
             ffn_hidden_size=ffn_size,
-        )
+        ).with_experts(num_experts)
         if shape != parent:
             yield shape
 
@@ -156,7 +159,7 @@ def _students(teacher: ModelConfig, ratio: float, grid: Grid) -> Iterator[_Stude
             hidden_size=hidden,
             ffn_hidden_size=grid.ffn_multiple,
         )
-        parameters, each = narrowest.num_parameters, 3 * layers * hidden * grid.ffn_multiple
+        parameters, each = narrowest.num_parameters, 3 * layers * teacher.num_experts * hidden * grid.ffn_multiple
         more = min(max(0, round((target - parameters) / each)), most - 1)
         yield _Student(narrowest, (1 + more) * grid.ffn_multiple, parameters + more * each)
 
@@ -164,6 +167,14 @@ def _students(teacher: ModelConfig, ratio: float, grid: Grid) -> Iterator[_Stude
 def _steps(size: int, multiple: int) -> list[int]:
     """Multiples from half the size up, and the size itself."""
     return sorted({size, *_thinned([n for n in range(multiple, size, multiple) if n >= LEAST_KEPT * size])})
+
+
+def _numbers_of_experts(parent: ModelConfig, grid: Grid) -> list[int]:
+    """Those that leave a token its experts; 1 in a dense model."""
+    if parent.experts is None:
+        return [1]
+    steps = _steps(parent.num_experts, grid.experts_multiple)
+    return [number for number in steps if number >= parent.experts.num_experts_per_token]
 
 
 def _thinned(sizes: Sequence[int]) -> Sequence[int]:

@@ -1,6 +1,6 @@
 """Importance without text, to compare activation importance with: by the size of weights, or drawn at random.
 
-Shape suffixes: N norms, L layers, D hidden channels, F feed-forward neurons, H heads.
+Shape suffixes: N norms, L layers, D hidden channels, E experts, F feed-forward neurons, H heads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from parallel.device import this_device
 from parallel.engine import TensorSource
 from parallel.importance import Importance
 from parallel.pruning import DIMS_OF_LAYER, NORMS_OF_LAYER
-from parallel.weight_names import EMBEDDING, OUTPUT, logical_shapes
+from parallel.weight_names import EMBEDDING, OUTPUT, logical_shapes, of_any_expert
 
 
 def magnitude_importance(source: TensorSource, model: ModelConfig) -> Importance:
@@ -53,7 +53,7 @@ def _add(importance: Importance, model: ModelConfig, name: str, squares: Tensor)
     _, _, number, *rest = name.split(".", 3)
     if not rest:
         return  # the final norm
-    layer, part = int(number), rest[0]
+    layer, (part, expert) = int(number), of_any_expert(rest[0])
     if part in NORMS_OF_LAYER:
         return
     importance.layers_L[layer] += squares.sum()
@@ -63,6 +63,7 @@ def _add(importance: Importance, model: ModelConfig, name: str, squares: Tensor)
         if kind == "hidden":
             importance.hidden_ND.add_(sums)
         elif kind == "ffn":
-            importance.ffn_LF[layer] += sums
+            importance.ffn_LEF[layer, expert] += sums
+            importance.experts_LE[layer, expert] += sums.sum()
         elif kind == "queries":
             importance.heads_LH[layer] += sums.view(model.num_attention_heads, -1).sum(dim=1)

@@ -111,6 +111,23 @@ def _feed_forward_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def of_any_expert(name: str) -> tuple[str, int]:
+    """A name within a layer without the number of its expert, and that number: 0 where there is none.
+
+    >>> of_any_expert("block_sparse_moe.experts.3.w1.weight")
+    ('block_sparse_moe.experts.w1.weight', 3)
+    """
+    match name.split("."):
+        case ["block_sparse_moe", "experts", number, *rest]:
+            return ".".join(("block_sparse_moe", "experts", *rest)), int(number)
+    return name, 0
+
+
+def of_expert(name: str, expert: int) -> str:
+    """The other way round: the name of an expert's weight; all others stay as they are."""
+    return name.replace("block_sparse_moe.experts.", f"block_sparse_moe.experts.{expert}.")
+
+
 def _expert_names(expert: int) -> tuple[str, str, str]:
     """The gate, up and down projections of an expert, within a layer."""
     gate, up, down = (f"block_sparse_moe.experts.{expert}.{name}.weight" for name in ("w1", "w3", "w2"))
@@ -150,9 +167,9 @@ def _boxes_of_experts(
 ) -> tuple[Box, ...]:
     names = [[layer + name for name in _expert_names(expert)] for expert in experts]
     match parameter:
-        case "gate_up":
+        case "gate_up.weight":
             return tuple(part.rows(name, shapes[name]) for gate, up, _ in names for name in (gate, up))
-        case "down":
+        case "down.weight":
             return tuple(part.columns(down, shapes[down]) for _, _, down in names)
     raise AssertionError(f"Megatron has a parameter that experts should not have: {parameter}")
 

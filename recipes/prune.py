@@ -1,4 +1,4 @@
-"""Cut a smaller dense model out of a larger one: measure what matters, try shapes, keep the best."""
+"""Cut a smaller model out of a larger one: measure what matters, try shapes, keep the best."""
 
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ def with_shape(parent: ModelConfig, shape: ShapeConfig) -> ModelConfig:
     Raises:
         CheckpointError: a size is larger than the parent's.
     """
-    larger = [f"{name}={size}" for name, size in asdict(shape).items() if size > getattr(parent, name)]
+    larger = [f"{name}={size}" for name, size in asdict(shape).items() if size and size > getattr(parent, name)]
     if larger:
         raise CheckpointError(f"a pruned model is smaller than its parent in everything; {', '.join(larger)} is not.")
-    return replace(parent, **asdict(shape))
+    return shape.applied_to(parent)
 
 
 def scoring(given: StageInput) -> EngineConfig:
@@ -221,7 +221,9 @@ class Search:
                 ffn_hidden_size=shape.ffn_hidden_size,
                 num_attention_heads=shape.num_attention_heads,
                 num_kv_heads=shape.num_kv_heads,
+                num_experts=shape.num_experts,
                 num_parameters=shape.num_parameters,
+                num_active_parameters=shape.num_active_parameters,
                 size_ratio=size_of(shape, self.config.measure) / size_of(self.model, self.config.measure),
                 importance_kept=kept,
                 loss=trial.loss.mean,
@@ -240,14 +242,14 @@ class Search:
 
 
 def most_promising_first(kept: Mapping[ModelConfig, float]) -> list[ModelConfig]:
-    """Of each width and depth the shape that keeps most, then the second of each, and so on.
+    """Of each width, depth and number of experts the shape that keeps most, then the second of each, and so on.
 
-    What is kept tells shapes of one width apart well; channels and neurons it weighs against each other badly.
+    What is kept tells shapes of one width apart well; channels, neurons and experts it weighs against each other badly.
     """
-    seen: Counter[tuple[int, int]] = Counter()
+    seen: Counter[tuple[int, int, int]] = Counter()
     ranked: list[tuple[int, float, ModelConfig]] = []
     for shape in sorted(kept, key=lambda shape: -kept[shape]):
-        width = (shape.hidden_size, shape.num_layers)
+        width = (shape.hidden_size, shape.num_layers, shape.num_experts)
         ranked.append((seen[width], -kept[shape], shape))
         seen[width] += 1
     return [shape for _, _, shape in sorted(ranked, key=lambda entry: entry[:2])]

@@ -20,7 +20,6 @@ from conf.schema import (
     RecoverStage,
     RunConfig,
     SearchConfig,
-    ShapeConfig,
 )
 from parallel.plan.divides import divisors
 from parallel.shapes import shapes_that_hold, size_of, smaller_shapes, student_shapes
@@ -29,6 +28,7 @@ from recipes.rules_layout import mesh_of, nearest_multiples
 from recipes.rules_place import gpu_of, state_bytes
 from recipes.stage_models import (
     distillation_of,
+    given_shapes,
     grid_of,
     makes_a_model,
     model_of_stage,
@@ -98,19 +98,6 @@ def named_models_exist(config: RunConfig, machine: Machine) -> Iterator[Problem]
             earlier.append(name)
 
 
-def compressed_models_are_dense(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """Experts can be neither cut nor rounded yet, and a derived student has none."""
-    if config.model.experts is None:
-        return
-    for name, stage in stages_of(config):
-        if isinstance(stage, PruneStage | QuantiseStage | DistillStage):
-            yield Problem(
-                f"stages.{name}.kind",
-                f"{stage.kind} works on dense models, and model {config.model.name} has "
-                f"{config.model.experts.num_experts} experts a layer. Leave the stage out of order.",
-            )
-
-
 def smoothing_has_a_use(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Outliers of inputs matter only where inputs are rounded."""
     for name, stage in stages_of(config):
@@ -161,13 +148,13 @@ def calibration_is_shared_evenly(config: RunConfig, machine: Machine | None = No
 
 
 def shapes_can_be_sharded_and_exported(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """A shape that is given fits the mesh, the parent and Hugging Face's Llama."""
+    """A shape that is given fits the mesh, the parent and Hugging Face's Llama or Mixtral."""
     mesh = config.engine.mesh
     chunks = mesh.pipeline * mesh.virtual_pipeline
     for path, shape in given_shapes(config).items():
         for field, size in asdict(shape).items():
             most = getattr(config.model, field)
-            if size > most:
+            if size is not None and size > most:
                 yield Problem(f"{path}.{field}", f"is {size}, more than model.{field}={most}; it can only shrink.")
         heads = shape.num_attention_heads
         if shape.hidden_size % heads:
@@ -196,17 +183,6 @@ def shapes_can_be_sharded_and_exported(config: RunConfig, machine: Machine) -> I
                 f"{shape.num_layers} layers cannot be dealt evenly to pipeline x virtual_pipeline = {chunks}. "
                 f"Nearest: {nearest_multiples(shape.num_layers, chunks)}.",
             )
-
-
-def given_shapes(config: RunConfig) -> dict[str, ShapeConfig]:
-    """Path -> shape, where one is given."""
-    found = {}
-    for name, stage in stages_of(config):
-        if isinstance(stage, PruneStage) and stage.shape is not None:
-            found[f"stages.{name}.shape"] = stage.shape
-        elif isinstance(stage, DistillStage) and stage.student.shape is not None:
-            found[f"stages.{name}.student.shape"] = stage.student.shape
-    return found
 
 
 def targets_can_be_held(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -388,7 +364,6 @@ def cuts_are_shallow(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 
 RULES = (
     named_models_exist,
-    compressed_models_are_dense,
     smoothing_has_a_use,
     calibration_is_sound,
     calibration_is_shared_evenly,

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from math import gcd
 
 from conf.errors import Problem
-from conf.schema import RunConfig
+from conf.schema import QuantiseStage, RunConfig
 from parallel.plan.divides import divisors
 from recipes.machine import Machine
 from recipes.rules_layout import mesh_of, nearest_multiples
+from recipes.stage_models import given_shapes, stages_of
 
 
 def tokens_have_experts_to_choose(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -59,6 +60,43 @@ def experts_are_shared_evenly(config: RunConfig, machine: Machine) -> Iterator[P
         )
 
 
+def fewer_experts_are_shared_and_suffice(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Of a shape that is given: expert ranks share its experts out evenly, and there are as many as a token takes."""
+    experts, mesh = config.model.experts, config.engine.mesh
+    for path, shape in given_shapes(config).items():
+        number, where = shape.num_experts, f"{path}.num_experts"
+        if number is None:
+            continue
+        if experts is None:
+            if number > 1:
+                yield Problem(where, f"is {number}, and model {config.model.name} is dense. Set it to null.")
+        elif number < experts.num_experts_per_token:
+            yield Problem(
+                where,
+                f"is {number}, and a token goes through model.experts.num_experts_per_token="
+                f"{experts.num_experts_per_token}. Smallest: {experts.num_experts_per_token}.",
+            )
+        elif number % mesh.expert:
+            yield Problem(
+                where,
+                f"{number} experts cannot be shared by engine.mesh.expert={mesh.expert} ranks evenly. "
+                f"Nearest: {nearest_multiples(number, mesh.expert)}.",
+            )
+
+
+def experts_are_not_rounded(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What loads an exported model holds the experts of a layer in one tensor, and finds no matrix to scale."""
+    if config.model.experts is None:
+        return
+    for name, stage in stages_of(config):
+        if isinstance(stage, QuantiseStage):
+            yield Problem(
+                f"stages.{name}.kind",
+                f"quantise works on dense models, and model {config.model.name} has {config.model.num_experts} experts "
+                "a layer, which transformers does not load in eight bits. Leave the stage out of order.",
+            )
+
+
 def experts_split_sequences_with_tensors(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Without sequence parallelism every tensor rank would send every token to its expert."""
     if config.model.experts is not None and config.engine.mesh.tensor > 1 and not config.engine.sequence_parallel:
@@ -96,6 +134,8 @@ def experts_take_their_share(config: RunConfig, machine: Machine) -> Iterator[Pr
 RULES = (
     tokens_have_experts_to_choose,
     experts_are_shared_evenly,
+    fewer_experts_are_shared_and_suffice,
+    experts_are_not_rounded,
     experts_split_sequences_with_tensors,
 )
 WARNINGS = (expert_ranks_share_a_node, experts_take_their_share)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 
 from conf.schema import (
@@ -22,6 +22,8 @@ from conf.schema import (
     QuantiseStage,
     RecoverStage,
     RunConfig,
+    SearchConfig,
+    ShapeConfig,
     StageConfig,
     TrainingConfig,
     TrainingStage,
@@ -55,6 +57,17 @@ def distillation_of(stage: StageConfig) -> DistillationConfig | None:
     return stage.distillation if isinstance(stage, RecoverStage | DistillStage) else None
 
 
+def given_shapes(config: RunConfig) -> dict[str, ShapeConfig]:
+    """Path -> shape, where one is given."""
+    found = {}
+    for name, stage in stages_of(config):
+        if isinstance(stage, PruneStage) and stage.shape is not None:
+            found[f"stages.{name}.shape"] = stage.shape
+        elif isinstance(stage, DistillStage) and stage.student.shape is not None:
+            found[f"stages.{name}.student.shape"] = stage.student.shape
+    return found
+
+
 def grid_of(config: RunConfig, wanted: GridConfig) -> Grid:
     """Shapes that are wanted and that the run's mesh can hold."""
     mesh = config.engine.mesh
@@ -63,6 +76,7 @@ def grid_of(config: RunConfig, wanted: GridConfig) -> Grid:
         ffn_multiple=wanted.ffn_multiple,
         kv_heads_multiple=math.lcm(wanted.kv_heads_multiple, mesh.tensor),
         layers_multiple=math.lcm(wanted.layers_multiple, mesh.pipeline * mesh.virtual_pipeline),
+        experts_multiple=math.lcm(wanted.experts_multiple, mesh.expert) if isinstance(wanted, SearchConfig) else 1,
     )
 
 
@@ -125,7 +139,7 @@ def models_of(config: RunConfig) -> dict[str, ModelConfig]:
 
 def _pruned(config: RunConfig, stage: PruneStage, parent: ModelConfig) -> ModelConfig:
     if stage.shape is not None:
-        return replace(parent, **asdict(stage.shape))
+        return stage.shape.applied_to(parent)
     search = stage.search
     grid = grid_of(config, search)
     return _largest(parent, search.cut, search.measure, search.removed, grid) or parent
@@ -134,7 +148,7 @@ def _pruned(config: RunConfig, stage: PruneStage, parent: ModelConfig) -> ModelC
 def _student(config: RunConfig, stage: DistillStage, teacher: ModelConfig) -> ModelConfig:
     student = stage.student
     if student.shape is not None:
-        return replace(teacher, **asdict(student.shape))
+        return student.shape.applied_to(teacher)
     return _nearest(teacher, student.ratio, grid_of(config, student)) or teacher
 
 

@@ -14,9 +14,10 @@ Every record has `kind` and `time` (unix seconds). Written by the driver (D) or 
     evaluation (R/D)   stage, model, source, loss, standard_error, accuracy, accuracy_standard_error, num_tokens,
                        num_documents        (model is a stage's name, `init`, or a baseline such as `bigram`)
     comparison (R/D)   stage, model, baseline, source, gain (nats a token, positive is better), standard_error
-    candidate (R)      stage, the shape (num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_kv_heads),
-                       num_parameters, size_ratio (to the parent, in what is cut), importance_kept, loss,
-                       standard_error (over rows), seconds      (the first of a stage is the parent itself)
+    candidate (R)      stage, the shape (num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_kv_heads,
+                       num_experts), num_parameters, num_active_parameters (of a token), size_ratio (to the parent, in
+                       what is cut), importance_kept, loss, standard_error (over rows), seconds
+                       (the first of a stage is the parent itself)
     quantisation (R)   stage, scheme, part (`layer N` alone, or `all`), cost (nats a token, on calibration text),
                        standard_error (over rows), agreement (share of equal likeliest tokens), kept (not rounded)
     variant (R)        stage, model, num_parameters, weight_bytes (as exported), prefill_tokens_per_second (of scoring
@@ -156,7 +157,9 @@ class Candidate(TypedDict):
     ffn_hidden_size: int
     num_attention_heads: int
     num_kv_heads: int
+    num_experts: int
     num_parameters: int
+    num_active_parameters: int
     size_ratio: float
     importance_kept: float
     loss: float

@@ -28,10 +28,18 @@ def compression_sections(summary: RunSummary) -> Iterator[str]:
 
 def shape_of(candidate: Candidate) -> str:
     """A shape in a few words."""
+    experts = f"{candidate['num_experts']} experts of " if candidate["num_experts"] > 1 else ""
     return (
-        f"{candidate['num_layers']} layers x {candidate['hidden_size']:,}, FFN {candidate['ffn_hidden_size']:,}, "
+        f"{candidate['num_layers']} layers x {candidate['hidden_size']:,}, "
+        f"{experts}FFN {candidate['ffn_hidden_size']:,}, "
         f"{candidate['num_attention_heads']}/{candidate['num_kv_heads']} heads"
     )
+
+
+def parameters_of(candidate: Candidate) -> str:
+    """All of them, and those a token goes through where it does not go through all."""
+    every, active = candidate["num_parameters"], candidate["num_active_parameters"]
+    return count(every) if active == every else f"{count(every)}, {count(active)} active"
 
 
 def best_of(candidates: Sequence[Candidate]) -> Candidate:
@@ -144,7 +152,7 @@ def _candidates(stage: str, candidates: Sequence[Candidate]) -> str:
         rows.append(
             [
                 escape(shape_of(each)),
-                count(each["num_parameters"]),
+                parameters_of(each),
                 percent(each["size_ratio"]),
                 percent(each["importance_kept"]),
                 estimate(each["loss"], each["standard_error"]),

@@ -240,7 +240,9 @@ def candidate_figure(candidates: Sequence[Candidate]) -> str:
                 capsize=3,
             )
             axes.annotate(
-                f"{each['num_layers']} x {each['hidden_size']:,}, FFN {each['ffn_hidden_size']:,}",
+                f"{each['num_layers']} x {each['hidden_size']:,}, "
+                + (f"{each['num_experts']} x " if each["num_experts"] > 1 else "")
+                + f"FFN {each['ffn_hidden_size']:,}",
                 (100 * each["size_ratio"], each["loss"]),
                 xytext=(7, 4),
                 textcoords="offset points",

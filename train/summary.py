@@ -167,7 +167,7 @@ def _newest(records: Iterable[R], key: Callable[[R], Hashable]) -> list[R]:
 
 
 def _shape_of(candidate: Candidate) -> Hashable:
-    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads")
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads", "num_experts")
     return candidate["stage"], *(candidate[size] for size in sizes)  # type: ignore[literal-required]
 
 

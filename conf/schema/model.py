@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conf.schema.types import NonNegativeFloat, PositiveFloat, PositiveInt, Strict
 
@@ -49,6 +49,15 @@ class ModelConfig(Strict):
     """Null: dense."""
 
     @property
+    def num_experts(self) -> int:
+        """Feed-forward networks of a layer: 1 in a dense model."""
+        return self.experts.num_experts if self.experts else 1
+
+    def with_experts(self, num_experts: int) -> ModelConfig:
+        """The same with so many experts a layer; a dense model stays as it is."""
+        return replace(self, experts=replace(self.experts, num_experts=num_experts)) if self.experts else self
+
+    @property
     def num_matmul_parameters(self) -> int:
         """Weights a token is multiplied by: all matrices but other experts', the head included, the lookup not."""
         per_token = self.experts.num_experts_per_token if self.experts else 1
@@ -57,7 +66,7 @@ class ModelConfig(Strict):
     @property
     def num_parameters(self) -> int:
         """All weights; tied embeddings count once."""
-        return self._num_matrix_parameters(self.experts.num_experts if self.experts else 1) + self._num_other_parameters
+        return self._num_matrix_parameters(self.num_experts) + self._num_other_parameters
 
     @property
     def num_active_parameters(self) -> int:

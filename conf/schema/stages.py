@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from conf.schema.model import ModelConfig
 from conf.schema.training import TrainingConfig
 from conf.schema.types import (
     Fraction,
@@ -45,6 +46,19 @@ class ShapeConfig(Strict):
     ffn_hidden_size: PositiveInt
     num_attention_heads: PositiveInt
     num_kv_heads: PositiveInt
+    num_experts: PositiveInt | None = None
+    """Of each layer; null: as many as the model has."""
+
+    def applied_to(self, model: ModelConfig) -> ModelConfig:
+        """The model in these sizes."""
+        return replace(
+            model,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_kv_heads=self.num_kv_heads,
+        ).with_experts(self.num_experts or model.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +93,7 @@ class SearchConfig(GridConfig):
     """Which smaller shapes are tried, and how long."""
 
     cut: Literal["width", "depth", "mixed"]
-    """width: hidden channels, feed-forward neurons and key-value groups. depth: layers. mixed: all of them."""
+    """width: hidden channels, feed-forward neurons, key-value groups and experts. depth: layers. mixed: all of them."""
     measure: Literal["parameters", "memory", "latency"]
     """What is cut: parameters, bytes of weights and of one row's keys and values, or measured seconds a token."""
     removed: Annotated[float, Field(gt=0, lt=1)]
@@ -90,11 +104,13 @@ class SearchConfig(GridConfig):
     """No further shape is begun after so long."""
     tokens: PositiveInt
     """Text each shape is scored on, apart from the calibration text."""
+    experts_multiple: PositiveInt = 1
+    """Numbers of experts are multiples of it: expert ranks share them out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneStage(Strict):
-    """Cut a smaller dense model out of a larger one."""
+    """Cut a smaller model out of a larger one."""
 
     kind: Literal["prune"]
     model: str | None

@@ -1,4 +1,7 @@
-"""A mixture of experts is the same model under every layout, and Hugging Face's Mixtral. One launch of eight ranks."""
+"""A mixture of experts is the same model under every layout, cut or whole, and Hugging Face's Mixtral.
+
+One launch of eight ranks.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks, smaller_world
@@ -28,7 +32,12 @@ from tiny import (
 )
 
 from conf.schema import ExpertsConfig, ModelConfig
+from parallel.distillation import Distillation, FromTeacher
+from parallel.engine import TensorSource
 from parallel.initial import InitialWeights
+from parallel.pruning import PrunedWeights, most_important
+from parallel.weight_importance import magnitude_importance
+from parallel.weight_names import logical_shapes
 
 LIMIT_SECONDS = 400.0
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
@@ -36,6 +45,7 @@ pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
 NUM_STEPS = 20
 FEW_STEPS = 5
 PACKED_STEPS = 2
+CALIBRATION = 500
 
 # Weights large enough that routers have opinions; losses large enough that leaving one out would show.
 EXPERTS = ExpertsConfig(
@@ -86,6 +96,15 @@ SHRINKING = (
     Layout(context=2, expert=2),
     Layout(),
 )
+PRUNED = {
+    "expert x tensor x pipeline": CURVES["expert x tensor x pipeline"],
+    "expert x context x pipeline": Layout(context=2, pipeline=2, expert=2),
+    "expert x data": Layout(data=4, expert=2, zero_stage=1, overlap=True),
+    "one": Layout(),
+}
+OBSERVED = {"expert x interleaved": DEEP["expert x interleaved"]}
+WHOLE = replace(MOE, name="whole", num_layers=4, init_std=0.2, experts=replace(EXPERTS, num_experts=6))
+CUT = replace(WHOLE, name="cut", num_layers=2, hidden_size=24, ffn_hidden_size=32).with_experts(4)
 RESUMED = Layout(data=4, expert=2, zero_stage=1, overlap=True, precision="bf16")
 
 
@@ -114,10 +133,14 @@ def _runs_of_size(size: int, found: dict[str, Any]) -> None:
     for part, layout in enumerate(SHRINKING):
         if layout.mesh.world_size == size:
             found[f"shrinking/{part}"] = on_mesh(layout, _continue, found.get("state"), part, found)
+    for name, layout in (PRUNED | OBSERVED).items():
+        if layout.mesh.world_size == size:
+            found[f"pruned/{name}"] = on_mesh(layout, _prune_and_recover, name in PRUNED)
     if size == 4:
         found["resumed"] = on_mesh(RESUMED, _train_and_resume)
     if size == 1:
         found["mixtral"] = _mixtral()
+        found["nothing lost"] = on_mesh(Layout(), _cut_what_does_nothing)
 
 
 def _continue(layout: Layout, state: tuple[Tensors, Tensors] | None, part: int, found: dict[str, Any]) -> Curve:
@@ -151,6 +174,93 @@ def _train_and_resume(layout: Layout) -> dict[str, Any]:
     return {"straight": straight, "resumed": resumed, "different": different, "names": sorted(end[0].tensors)}
 
 
+def _prune_and_recover(layout: Layout, recover: bool) -> dict[str, Any]:
+    """Scores of the parts of a model, and where it is recovered the pruned one, its losses and its rows' scores."""
+    source = InitialWeights(WHOLE, 1)
+    teacher = tiny_engine(layout, WHOLE, optim=None)
+    teacher.load_weights(source)
+    importance = teacher.observe(batches(CALIBRATION, layout.mesh, teacher.coordinate.data))
+    found: dict[str, Any] = {
+        "activation": {name: scores.numpy() for name, scores in importance.tensors().items()},
+        "magnitude": {name: s.numpy() for name, s in magnitude_importance(source, WHOLE).tensors().items()},
+    }
+    if recover:
+        pruned = PrunedWeights(source, WHOLE, CUT, most_important(importance, WHOLE, CUT))
+        student = tiny_engine(layout, CUT)
+        student.load_weights(pruned)
+        found["weights"] = {n: w.numpy() for n, w in Tensors.gather(list(student.weights())).tensors.items()}
+        rows = student.score(batches(CALIBRATION, layout.mesh, student.coordinate.data))
+        found["rows"] = (rows.loss_B / rows.num_tokens_B.clamp_min(1)).tolist()
+        lesson = FromTeacher(teacher, Distillation(temperature=2.0, weight=0.7), 0)
+        found["steps"] = []
+        for step in range(FEW_STEPS):
+            mine = batches(step, layout.mesh, student.coordinate.data)
+            found["steps"].append(student.step(mine, lesson(mine), learning_rate=OPTIM.learning_rate))
+        student.close()
+        if layout.mesh.world_size == 1:
+            found["mixtral"] = _rows_of_mixtral(mixtral_like(CUT, pruned))
+    teacher.close()
+    return found
+
+
+def _rows_of_mixtral(mixtral: Any) -> list[float]:
+    """Mean loss of the counted tokens of each row of the calibration text."""
+    means = []
+    for batch in batches(CALIBRATION, Layout().mesh, 0):
+        labels, mask = torch.from_numpy(batch.labels_BS), torch.from_numpy(batch.loss_mask_BS)
+        with torch.no_grad():
+            logits = mixtral.eval()(torch.from_numpy(batch.tokens_BS)).logits
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        means += ((nll.view_as(mask) * mask).sum(1) / mask.sum(1).clamp_min(1)).tolist()
+    return means
+
+
+def _cut_what_does_nothing(layout: Layout) -> dict[str, list[float]]:
+    """Make parts of a model do nothing, cut as many, and see what the model says then."""
+    shape = replace(CUT, num_layers=WHOLE.num_layers, num_attention_heads=2, num_kv_heads=1)
+    parent = Tensors(_with_idle_parts(shape))
+    questions = batches(CALIBRATION, layout.mesh, 0)
+    engine = tiny_engine(layout, WHOLE, optim=None)
+    engine.load_weights(parent)
+    importance = engine.observe(questions)
+    before = engine.score(questions).loss_B.tolist()
+    engine.close()
+    engine = tiny_engine(layout, shape, optim=None)
+    engine.load_weights(PrunedWeights(parent, WHOLE, shape, most_important(importance, WHOLE, shape)))
+    after = engine.score(questions).loss_B.tolist()
+    engine.close()
+    return {"before": before, "after": after}
+
+
+def _with_idle_parts(shape: ModelConfig) -> dict[str, torch.Tensor]:
+    """Fresh weights with as many channels, neurons of each expert, heads and experts idle as the shape lacks.
+
+    An expert is idle where no token is sent to it: channel 0 is the same for all tokens, and its router's row looks at
+    that alone, and dislikes it.
+    """
+    random = np.random.default_rng(3)
+    weights = InitialWeights(WHOLE, 1)
+    tensors = {name: weights.read(name, (0,) * len(size), size) for name, size in logical_shapes(WHOLE).items()}
+    idle = 1 + random.permutation(WHOLE.hidden_size - 1)[shape.hidden_size - 1 :]
+    for name, tensor in tensors.items():
+        if name == "model.embed_tokens.weight":
+            tensor[:, idle] = 0.0
+            tensor[:, 0] = 1.0
+        elif name.endswith(("o_proj.weight", "w2.weight")):
+            tensor[[0, *idle]] = 0.0
+        elif name.endswith("w1.weight"):
+            tensor[random.permutation(WHOLE.ffn_hidden_size)[shape.ffn_hidden_size :]] = 0.0
+        elif name.endswith("v_proj.weight"):
+            groups = random.permutation(WHOLE.num_kv_heads)[shape.num_kv_heads :]
+            tensor.view(WHOLE.num_kv_heads, WHOLE.head_dim, -1)[groups] = 0.0
+        elif name.endswith("gate.weight"):
+            tensor[:, 0] = 0.0
+            unused = random.permutation(WHOLE.num_experts)[shape.num_experts :]
+            tensor[unused] = 0.0
+            tensor[unused, 0] = -1000.0
+    return tensors
+
+
 def _mixtral() -> dict[str, Any]:
     """Train Hugging Face's Mixtral with plain torch on the same batches, the router losses written out."""
     mixtral = mixtral_like(MOE, InitialWeights(MOE, 1)).train()
@@ -180,7 +290,7 @@ def _mixtral() -> dict[str, Any]:
     return found
 
 
-def mixtral_like(model: ModelConfig, weights: InitialWeights) -> Any:
+def mixtral_like(model: ModelConfig, weights: TensorSource) -> Any:
     """A MixtralForCausalLM of these weights, loaded from a directory in the stored layout."""
     from safetensors.torch import save_file
     from transformers import MixtralForCausalLM
@@ -188,7 +298,7 @@ def mixtral_like(model: ModelConfig, weights: InitialWeights) -> Any:
     from recipes.export import hugging_face_config, write_json
 
     with tempfile.TemporaryDirectory() as directory:
-        tensors = {name: weights.read(name, (0,) * len(shape), shape) for name, shape in weights.shapes.items()}
+        tensors = {name: weights.read(name, (0,) * len(shape), shape) for name, shape in logical_shapes(model).items()}
         save_file(tensors, f"{directory}/model.safetensors", metadata={"format": "pt"})
         write_json(Path(directory) / "config.json", hugging_face_config(model, torch.float32))
         mixtral, loading = MixtralForCausalLM.from_pretrained(directory, output_loading_info=True)
@@ -291,3 +401,36 @@ def test_training_follows_mixtral_under_torch_adamw(found, name):
     ours, theirs = found["curves/one"].of(name)[:FEW_STEPS], found["mixtral"][name]
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
     assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNED | OBSERVED if name != "one"])
+@pytest.mark.parametrize("kind", ["activation", "magnitude"])
+def test_scores_of_parts_do_not_depend_on_the_layout(found, kind, name):
+    for scores, one in found["pruned/one"][kind].items():
+        assert one.std() > 0 or scores == "energy_ND", f"{scores} tell parts apart, so equal ones say something"
+        assert found[f"pruned/{name}"][kind][scores] == pytest.approx(one, rel=1e-5), scores
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNED if name != "one"])
+def test_pruned_experts_are_the_same_and_recover_alike_under_every_layout(found, name):
+    one, other = found["pruned/one"], found[f"pruned/{name}"]
+    assert {weight: tensor.shape for weight, tensor in other["weights"].items()} == logical_shapes(CUT)
+    for weight, tensor in one["weights"].items():
+        assert other["weights"][weight] == pytest.approx(tensor, abs=1e-6), weight
+    assert other["rows"] == pytest.approx(one["rows"], abs=1e-5)
+    assert one["steps"][-1].loss < one["steps"][0].loss, "the student learns, so equal curves say something"
+    for mine, its in zip(other["steps"], one["steps"], strict=True):
+        assert mine.loss == pytest.approx(its.loss, abs=1e-5)
+        assert mine.metrics == pytest.approx(its.metrics, abs=1e-5)
+        assert mine.grad_norm == pytest.approx(its.grad_norm, abs=1e-4)
+
+
+def test_pruned_experts_say_in_transformers_what_they_say_here(found):
+    assert found["pruned/one"]["mixtral"] == pytest.approx(found["pruned/one"]["rows"], abs=1e-5)
+
+
+def test_cutting_parts_that_do_nothing_of_a_mixture_changes_nothing(found):
+    """Experts that are sent nothing are those cut, as are idle channels, heads, and neurons of each expert."""
+    result = found["nothing lost"]
+    assert max(result["before"]) > 1.0
+    assert result["after"] == pytest.approx(result["before"], rel=1e-4)

@@ -134,7 +134,7 @@ def test_experts_are_swiglu_networks_times_the_weight():
     output, bias = made(tokens, counts, weights)
     expected = []
     for token, weight, expert in zip(tokens, weights, (0, 0, 2, 2, 2), strict=True):
-        gate, up = (made.gate_up[expert] @ token).chunk(2)
-        expected.append(weight * (made.down[expert] @ (silu(gate) * up)))
+        gate, up = (made.gate_up.weight[expert] @ token).chunk(2)
+        expected.append(weight * (made.down.weight[expert] @ (silu(gate) * up)))
     torch.testing.assert_close(output, torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert bias is None

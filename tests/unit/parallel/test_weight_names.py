@@ -70,7 +70,7 @@ def test_expert_and_tensor_ranks_hold_every_element_of_the_experts_once(tensor_s
     for layer, tensor_rank, expert_rank in product(range(MIXTURE.num_layers), range(tensor_size), range(expert_size)):
         experts = experts_of_rank(MIXTURE, expert_rank, expert_size)
         assert len(experts) == 6 // expert_size
-        for name in ("gate_up", "down"):
+        for name in ("gate_up.weight", "down.weight"):
             parameter = f"decoder.layers.{layer}.mlp.experts.{name}"
             part = {"tensor_rank": tensor_rank, "tensor_size": tensor_size, "experts": experts}
             for box in boxes_of_parameter(MIXTURE, parameter, first_layer=0, **part):
@@ -82,12 +82,12 @@ def test_expert_and_tensor_ranks_hold_every_element_of_the_experts_once(tensor_s
 
 def test_experts_of_a_rank_are_stacked_gate_above_up():
     part = {"first_layer": 1, "tensor_rank": 1, "tensor_size": 2, "experts": range(2, 4)}
-    gate_up = boxes_of_parameter(MIXTURE, "decoder.layers.0.mlp.experts.gate_up", **part)
+    gate_up = boxes_of_parameter(MIXTURE, "decoder.layers.0.mlp.experts.gate_up.weight", **part)
     layer = "model.layers.1.block_sparse_moe."
     names = [f"{layer}experts.{expert}.{name}.weight" for expert in (2, 3) for name in ("w1", "w3")]
     assert [box.name for box in gate_up] == names
     assert {(box.offset, box.shape) for box in gate_up} == {((20, 0), (20, 24))}
-    down = boxes_of_parameter(MIXTURE, "decoder.layers.0.mlp.experts.down", **part)
+    down = boxes_of_parameter(MIXTURE, "decoder.layers.0.mlp.experts.down.weight", **part)
     assert [(box.name, box.offset, box.shape) for box in down] == [
         (f"{layer}experts.{expert}.w2.weight", (0, 20), (24, 20)) for expert in (2, 3)
     ]

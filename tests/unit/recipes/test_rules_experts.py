@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 from check_samples import BIG_DISK, LAPTOP, assert_told, changed, composed, full_size, layout, problems_of, rehearsal
 
+from conf.schema import ShapeConfig
 from recipes import check, rules_place
+from recipes.stage_models import grid_of, model_of_stage
 
 
 @pytest.fixture
@@ -94,3 +96,44 @@ def test_mixture_of_full_size_fits_a_layout_with_expert_groups():
     config = full_size("foundation", model=composed("foundation", "model=mixtral_8x7b", "cluster=h200_ray").model)
     config = layout(config, tensor=2, pipeline=4, virtual_pipeline=4, expert=8)
     assert problems_of(config, BIG_DISK) == {}
+
+
+SMALLER = ShapeConfig(
+    num_layers=4, hidden_size=96, ffn_hidden_size=96, num_attention_heads=4, num_kv_heads=2, num_experts=6
+)
+
+
+def pruning(**changes):
+    """A module recipe of a mixture that cuts a given shape out of it."""
+    config = composed("business_module", "model=mixtral_8x7b", "order=[specialise,prune,recover]")
+    return changed(config, stages__prune__shape=replace(SMALLER, **changes))
+
+
+def test_mixture_is_cut_and_recovered():
+    searched = composed("business_module", "model=mixtral_8x7b", "order=[specialise,prune,recover,distill]")
+    for config in (searched, pruning(), layout(pruning(), expert=2, data=2), pruning(num_experts=None)):
+        assert problems_of(config) == {}
+    model = model_of_stage(pruning(), "recover")
+    assert model.num_experts == 6 and model.num_parameters < 0.7 * searched.model.num_parameters
+
+
+def test_experts_that_stay_suffice_for_a_token_and_are_shared_by_the_ranks():
+    path = "stages.prune.shape.num_experts"
+    assert_told(pruning(num_experts=1), path, "is 1", "num_experts_per_token=2", "Smallest: 2")
+    assert_told(pruning(num_experts=9), path, "is 9, more than model.num_experts=8", "only shrink")
+    assert_told(layout(pruning(), expert=4, data=4), path, "6 experts", "4 ranks", "Nearest: 4 or 8")
+    dense = rehearsal(stages__prune__shape=SMALLER)
+    assert_told(dense, path, "is 6", "is dense", "null")
+
+
+def test_search_leaves_as_many_experts_as_expert_ranks_share():
+    config = composed("business_module", "model=mixtral_8x7b", "order=[specialise,prune,recover]")
+    for expert in (1, 2, 4):
+        at = check.resolve(layout(config, expert=expert, data=4), LAPTOP)
+        assert grid_of(at, at.stages["prune"].search).experts_multiple == expert
+        assert model_of_stage(at, "recover").num_experts % expert == 0
+
+
+def test_mixture_is_not_rounded():
+    config = composed("business_module", "model=mixtral_8x7b")
+    assert_told(config, "stages.quantise.kind", "8 experts a layer", "transformers", "out of order")
