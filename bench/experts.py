@@ -2,8 +2,9 @@
 
 Trains the rehearsal of `model=mixtral_8x7b` on one rank, on its recipe's text, and scores each expert from activations
 on calibration text by the ways there are in the literature. Then drops experts by each, equally many a layer, and
-writes by how much the loss of text that was neither trained nor calibrated on rises, before any recovery: with
-calibration and loss on all domains, and on the first alone. A model that is there already is not trained again.
+writes by how much the loss of other text rises, before any recovery: with calibration and loss on all domains, and on
+the first alone. A second table is of neurons, all experts being kept. A model that is there already is not trained
+again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from parallel.mesh import Mesh
 from parallel.pruning import PrunedWeights, most_important
 from parallel.weight_importance import magnitude_importance, random_importance
 from recipes.driver import prepare_sources
-from train.scores import ratio
+from train.scores import Estimate, ratio
 
 MESH = Mesh(pipeline=1, data=1, context=1, tensor=1)
 ROWS, MICRO_BATCH = 16, 8
@@ -43,6 +44,8 @@ CALIBRATION_ROWS, SCORED_ROWS = 128, 128
 TRAINED, CALIBRATED, SCORED = 0, 1, 2
 """Seeds of the order of text. Scored text may have been trained on, a few per cent of it, as a search's may."""
 RANDOM_DRAWS = 3
+KEPT = {"experts": (6, 4), "neurons": (144, 96)}
+"""Of 8 experts a layer, of 192 neurons an expert."""
 
 
 class Sums:
@@ -97,7 +100,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained model and of prepared text")
     parser.add_argument("--steps", type=int, default=600, help="of 2,048 tokens")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kept", type=int, nargs="+", default=[6, 4], help="experts that stay of 8")
     given = parser.parse_args()
     overrides = ["recipe=foundation", "model=mixtral_8x7b", f"runs_dir={given.output}", f"seed={given.seed}"]
     config = load.compose(overrides)
@@ -110,18 +112,17 @@ def main() -> None:
     if not file.exists():
         train(model, stage, datasets, given.steps, given.seed, file)
     weights = InMemory(load_file(file))
-    print(f"\n{given.steps} steps, seed {given.seed}; rise of the loss, nats a token, +- standard error over rows\n")
+    print(f"\n{given.steps} steps, seed {given.seed}; rise of the loss, nats a token, +- standard error over rows")
     first = next(iter(datasets))
     mixtures = {"all": dict.fromkeys(datasets, 1.0), first: {first: 1.0}}
-    print("| experts chosen by |", " | ".join(f"{kept} of 8, {text}" for kept in given.kept for text in mixtures), "|")
-    print("| --- |" + " ---: |" * len(given.kept) * len(mixtures))
-    cells: dict[str, list[str]] = {}
-    for kept in given.kept:
-        for mixture in mixtures.values():
-            for name, told in measured(model, weights, datasets, mixture, kept, given.seed).items():
-                cells.setdefault(name, []).append(told)
-    for name, row in cells.items():
-        print("|", " | ".join([name, *row]), "|", flush=True)
+    subjects = {name: Subject(model, weights, datasets, each, given.seed) for name, each in mixtures.items()}
+    for part, cut in {"experts": Subject.without_experts, "neurons": Subject.narrower}.items():
+        sizes = KEPT[part]
+        print(f"\n| {part} chosen by |", " | ".join(f"{size} stay, {text}" for size in sizes for text in subjects), "|")
+        print("| --- |" + " ---: |" * len(sizes) * len(subjects))
+        columns = [cut(subject, size) for size in sizes for subject in subjects.values()]
+        for name in columns[0]:
+            print("|", " | ".join([name, *(column[name] for column in columns)]), "|", flush=True)
     groups.shut_down()
 
 
@@ -180,47 +181,62 @@ class InMemory:
         return self._tensors[name][tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))]
 
 
-def measured(
-    model: ModelConfig,
-    weights: InMemory,
-    datasets: Mapping[str, Dataset],
-    mixture: Mapping[str, float],
-    kept: int,
-    seed: int,
-) -> dict[str, str]:
-    """Criterion -> by how much the loss rises with so many experts kept."""
-    length = model.max_sequence_length
-    calibration = text(datasets, mixture, length, 10 * seed + CALIBRATED, CALIBRATION_ROWS).batches(0, 0, 1)
-    scored = text(datasets, mixture, length, 10 * seed + SCORED, SCORED_ROWS).batches(0, 0, 1)
-    engine = make_engine(model, engine_of(), None, MESH, micro_batch=MICRO_BATCH)
-    engine.load_weights(weights)
-    sums = Sums(model)
-    with sums.watching(engine):
-        importance = engine.observe(calibration)
-    before = engine.score(scored)
-    engine.close()
-    shape = model.with_experts(kept)
+class Subject:
+    """A trained model, what activations on some text say of it, and other text of the same kind to score it on."""
 
-    def rise(scores_LE: Tensor) -> Any:
-        pruned = PrunedWeights(weights, model, shape, most_important(with_experts(importance, scores_LE), model, shape))
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: InMemory,
+        datasets: Mapping[str, Dataset],
+        mixture: Mapping[str, float],
+        seed: int,
+    ) -> None:
+        length = model.max_sequence_length
+        calibration = text(datasets, mixture, length, 10 * seed + CALIBRATED, CALIBRATION_ROWS).batches(0, 0, 1)
+        self.scored = text(datasets, mixture, length, 10 * seed + SCORED, SCORED_ROWS).batches(0, 0, 1)
+        self.model, self.weights, self.sums = model, weights, Sums(model)
+        engine = make_engine(model, engine_of(), None, MESH, micro_batch=MICRO_BATCH)
+        engine.load_weights(weights)
+        with self.sums.watching(engine):
+            self.importance = engine.observe(calibration)
+        self.before = engine.score(self.scored)
+        engine.close()
+
+    def without_experts(self, kept: int) -> dict[str, str]:
+        """Criterion -> by how much the loss rises with so many experts kept."""
+        shape = self.model.with_experts(kept)
+        found = {name: self.rise(shape, experts_LE=scores_LE) for name, scores_LE in self.sums.criteria().items()}
+        magnitude = magnitude_importance(self.weights, self.model).experts_LE
+        drawn = [random_importance(self.model, draw).experts_LE for draw in range(RANDOM_DRAWS)]
+        found["magnitude of weights"] = self.rise(shape, experts_LE=magnitude)
+        return told(found, [self.rise(shape, experts_LE=scores_LE) for scores_LE in drawn])
+
+    def narrower(self, kept: int) -> dict[str, str]:
+        """The same with all experts, and so many neurons of each."""
+        shape = replace(self.model, ffn_hidden_size=kept)
+        magnitude = magnitude_importance(self.weights, self.model).ffn_LEF
+        drawn = [random_importance(self.model, draw).ffn_LEF for draw in range(RANDOM_DRAWS)]
+        found = {"activations": self.rise(shape), "magnitude of weights": self.rise(shape, ffn_LEF=magnitude)}
+        return told(found, [self.rise(shape, ffn_LEF=scores_LEF) for scores_LEF in drawn])
+
+    def rise(self, shape: ModelConfig, **scores: Tensor) -> Estimate:
+        """Of the loss, nats a token, with a smaller shape whose parts are chosen by activations but for `scores`."""
+        importance = Importance(**(self.importance.tensors() | scores))
+        pruned = PrunedWeights(self.weights, self.model, shape, most_important(importance, self.model, shape))
         engine = make_engine(shape, engine_of(), None, MESH, micro_batch=MICRO_BATCH)
         engine.load_weights(pruned)
-        after = engine.score(scored)
+        after = engine.score(self.scored)
         engine.close()
-        return ratio((after.loss_B - before.loss_B).numpy(), before.num_tokens_B.numpy())
-
-    found = {name: rise(scores_LE) for name, scores_LE in sums.criteria().items()}
-    found["magnitude of weights"] = rise(magnitude_importance(weights, model).experts_LE)
-    told = {name: f"{each.mean:.3f} +- {each.standard_error:.3f}" for name, each in found.items()}
-    drawn = [rise(random_importance(model, draw).experts_LE).mean for draw in range(RANDOM_DRAWS)]
-    told[f"random, mean of {RANDOM_DRAWS}"] = f"{sum(drawn) / len(drawn):.3f} ({min(drawn):.3f} to {max(drawn):.3f})"
-    return told
+        return ratio((after.loss_B - self.before.loss_B).numpy(), self.before.num_tokens_B.numpy())
 
 
-def with_experts(importance: Importance, scores_LE: Tensor) -> Importance:
-    """The same with other scores of experts."""
-    others = {field.name: getattr(importance, field.name) for field in fields(importance)}
-    return Importance(**(others | {"experts_LE": scores_LE}))
+def told(found: Mapping[str, Estimate], drawn: Sequence[Estimate]) -> dict[str, str]:
+    """In words."""
+    means = [each.mean for each in drawn]
+    random = f"{sum(means) / len(means):.3f} ({min(means):.3f} to {max(means):.3f})"
+    words = {name: f"{each.mean:.3f} +- {each.standard_error:.3f}" for name, each in found.items()}
+    return words | {f"random, mean of {len(means)}": random}
 
 
 if __name__ == "__main__":
