@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.functional import linear, silu
 
 from parallel import experts
 from parallel.experts import GroupedExperts, Router, RouterTotals, grouped_linear
+from parallel.importance import Observer, Share
 
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 CONFIG = SimpleNamespace(
@@ -138,3 +140,23 @@ def test_experts_are_swiglu_networks_times_the_weight():
         expected.append(weight * (made.down.weight[expert] @ (silu(gate) * up)))
     torch.testing.assert_close(output, torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert bias is None
+
+
+def test_experts_and_their_neurons_count_by_what_they_add_to_the_residual_stream():
+    made = GroupedExperts(3, CONFIG, SimpleNamespace(expt_tp=ALONE))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens, weights, counts = torch.randn(5, MIXTURE.hidden_size), torch.rand(5), torch.tensor([2, 0, 3])
+    groups = {"sequence_group": ALONE, "context_group": ALONE, "expert_tensor_group": ALONE}
+    share = Share(tensor_rank=0, context_rank=0, experts=range(3, 6), **groups)
+    observer = Observer(MIXTURE, torch.device("cpu"), share, num_micro_batches=2)
+    made.down.register_forward_hook(partial(observer._on_experts, 1))
+    for _ in range(3):  # of which an interleaved schedule added the last
+        output, _ = made(tokens, counts, weights)
+    added_LE, neurons_LEF = observer.sums.experts_LE, observer.sums.ffn_LEF
+    for expert, at in {3: slice(0, 2), 4: slice(2, 2), 5: slice(2, 5)}.items():
+        gate, up = (tokens[at] @ made.gate_up.weight[expert - 3].T).chunk(2, dim=1)
+        inner = weights[at, None] * silu(gate) * up
+        assert added_LE[1, expert].item() == pytest.approx(2 * output[at].square().sum().item(), rel=1e-5)
+        torch.testing.assert_close(neurons_LEF[1, expert], 2 * inner.square().sum(0).double(), rtol=1e-4, atol=1e-6)
+    assert added_LE[1, 3] > 0 and added_LE[1, :3].sum() == added_LE[0].sum() == 0
