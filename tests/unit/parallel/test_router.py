@@ -142,6 +142,7 @@ def test_experts_are_swiglu_networks_times_the_weight():
     assert bias is None
 
 
+@torch.no_grad()
 def test_experts_and_their_neurons_count_by_what_they_add_to_the_residual_stream():
     made = GroupedExperts(3, CONFIG, SimpleNamespace(expt_tp=ALONE))
     for parameter in made.parameters():
