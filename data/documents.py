@@ -1,7 +1,7 @@
 """Documents out of files: text (one a file), jsonl and parquet, plain or compressed with gzip or zstd; local or stored.
 
 A file is read in pieces, so that one of any size is the work of many: row groups of parquet, lines of plain jsonl that
-begin in a range of bytes. Compressed files and texts are one piece each.
+begin in a range of bytes, messages of a topic. Compressed files and texts are one piece each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from conf.errors import DataError
 from conf.schema import StorageConfig
 from data.inputs import InputFile, input_files
+from data.kafka import Stretch, is_topic, messages
 
 HASH_BYTES = 16
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -43,18 +45,25 @@ class Record:
 
     Attributes:
         id: the name it has there; None: it has none, and is called by its row.
-        row: row of parquet, from 0; line of jsonl within the piece, from 1; 0 for a text.
-        text: None where it is not UTF-8.
+        row: row of parquet, from 0; line of jsonl within the piece, from 1; offset of a message; 0 for a text.
+        text: None where there is none, for its fault.
+        fault: why the text cannot be had; malformed where a message is not JSON with a text in it.
     """
 
     id: str | None
     row: int
     text: str | None
+    fault: Literal["", "not_utf8", "malformed"] = ""
+
+    @classmethod
+    def of_text(cls, document_id: str | None, row: int, text: str | None) -> Record:
+        """A document whose text could be had, or None where it is not UTF-8."""
+        return cls(document_id, row, text, "not_utf8" if text is None else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a file: row groups [first, end) of parquet, bytes [first, end) of plain jsonl, else all of it."""
+    """A part of a file: row groups, bytes of plain jsonl or offsets of a partition [first, end), else all of it."""
 
     file: InputFile
     first: int = 0
@@ -82,6 +91,8 @@ def pieces(file: InputFile, num_bytes: int, storage: StorageConfig | None = None
     Raises:
         DataError: it is parquet by its name and has no readable footer.
     """
+    if is_topic(file.folder):
+        return [Piece(file, offsets.start, offsets.stop) for offsets in Stretch.of(file).pieces()]
     form, compression = _form(file)
     if compression or form == "text" or file.num_bytes <= num_bytes:
         return [Piece(file)]
@@ -105,13 +116,17 @@ class PieceReader:
 
     Attributes:
         num_lines: lines of jsonl read so far; 0 for other forms. The lines of the pieces before make a line's number.
+        num_bytes: of the values of messages read so far; 0 for files.
+        digest: sha256 over offset, length and value of those messages.
     """
 
     def __init__(self, piece: Piece, text_field: str, storage: StorageConfig | None = None) -> None:
         self.num_lines = 0
+        self.num_bytes = 0
+        self.digest = hashlib.sha256()
         self._piece = piece
         self._field = text_field
-        self._storage = storage
+        self._storage = storage or StorageConfig()
 
     def __iter__(self) -> Iterator[Record]:
         """Iterate.
@@ -120,6 +135,9 @@ class PieceReader:
             DataError: the file cannot be read as what its name says; names the file and the line.
         """
         file = self._piece.file
+        if is_topic(file.folder):
+            yield from self._messages(Stretch.of(file))
+            return
         form, compression = _form(file)
         with _explained(file), file.open(self._storage) as plain, _unpacked(plain, compression) as stream:
             if form == "parquet":
@@ -128,7 +146,29 @@ class PieceReader:
             elif form == "jsonl":
                 yield from self._json_lines(stream)
             else:
-                yield Record(file.name, 0, _decoded(stream.read()))
+                yield Record.of_text(file.name, 0, _decoded(stream.read()))
+
+    def _messages(self, stretch: Stretch) -> Iterator[Record]:
+        first, end = self._piece.first, self._piece.end
+        assert end is not None, "a piece of a partition has an end"
+        for offset, value in messages(stretch, first, end, self._storage.retry_seconds):
+            self.num_bytes += len(value or b"")
+            self.digest.update(offset.to_bytes(8, "big") + len(value or b"").to_bytes(8, "big") + (value or b""))
+            if not value:
+                # Topics that are compacted have them, to say that a key is gone.
+                yield Record(None, offset, "")
+            elif stretch.form == "text":
+                yield Record.of_text(None, offset, _decoded(value))
+            else:
+                yield self._message(stretch, offset, value)
+
+    def _message(self, stretch: Stretch, offset: int, value: bytes) -> Record:
+        try:
+            return self._json_record(value, offset, lambda: f"{stretch.address}: offset {offset}")
+        except DataError as error:
+            if stretch.malformed == "drop":
+                return Record(None, offset, None, "malformed")
+            raise DataError(f"{error} To count and drop such messages, add malformed=drop to the topic.") from error
 
     def _json_lines(self, stream: io.BufferedIOBase) -> Iterator[Record]:
         position, end = self._piece.first, self._piece.end
@@ -143,23 +183,25 @@ class PieceReader:
             position += len(line)
             self.num_lines += 1
             if line.strip():
-                yield self._json_record(line)
+                yield self._json_record(line, self.num_lines, self._line)
 
-    def _json_record(self, line: bytes) -> Record:
+    def _json_record(self, content: bytes, row: int, place: Callable[[], str]) -> Record:
         try:
-            record = json.loads(line)
+            record = json.loads(content)
         except UnicodeDecodeError:
-            return Record(None, self.num_lines, None)
+            return Record.of_text(None, row, None)
         except ValueError as error:
-            raise DataError(f"{self._line()}: not JSON ({error}). A jsonl file has one object a line.") from error
+            raise DataError(f"{place()}: not JSON ({error}). There must be one object a line or message.") from error
         if not isinstance(record, dict) or not isinstance(text := record.get(self._field), str):
-            raise DataError(f"{self._line()}: no string under '{self._field}'. Name the right key with --text-field.")
+            raise DataError(f"{place()}: no string under '{self._field}'. Name the right key with --text-field.")
         given = str(record["id"]) if "id" in record else None
         # An escaped half of a surrogate pair is JSON and not text.
-        return Record(given, self.num_lines, text if _is_text(text) else None)
+        return Record.of_text(given, row, text if _is_text(text) else None)
 
     def place(self, record: Record) -> str:
         """The file, and the line or row of the record that was read last."""
+        if is_topic(self._piece.file.folder):
+            return f"{Stretch.of(self._piece.file).address}: offset {record.row}"
         form, _ = _form(self._piece.file)
         if form == "jsonl":
             return self._line()
@@ -193,7 +235,7 @@ class PieceReader:
             for text, given in zip(texts, ids, strict=True):
                 if not isinstance(text, str | bytes):
                     raise DataError(f"{file}: row {row} has no text in column '{field}'. Fill it or leave it out.")
-                yield Record(None if given is None else str(given), row, _decoded(text))
+                yield Record.of_text(None if given is None else str(given), row, _decoded(text))
                 row += 1
 
 

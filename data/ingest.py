@@ -23,6 +23,7 @@ from conf.errors import DataError
 from conf.schema import StorageConfig
 from data.index import MANIFEST_NAME, SPLITS, InputRecord, Split, documents_name
 from data.inputs import InputFile, input_files
+from data.kafka import SCHEME, Topic, is_topic, offsets_after, topic_files
 from data.near import BANDS, MIN_SIMILARITY, ROWS, SHINGLE_WORDS
 from data.overlap import RUN_WORDS, Evaluation, evaluation_texts
 from data.report import REPORT_NAME, Report
@@ -33,7 +34,7 @@ from data.steps import Steps, check_languages
 from data.storage import Store
 from data.tokenizer import Tokenizer
 from data.tombstones import forgotten_ids, parent_and_name
-from data.units import UNIT_BYTES, Job, process, unit_name, units_of
+from data.units import UNIT_BYTES, Job, messages_read, process, unit_name, units_of
 from data.writer import DatasetFacts, IndexWriter, entry_from_json
 
 Progress = Callable[[str, int, int], None]
@@ -45,7 +46,7 @@ class Ingestion:
     """What is prepared, into what, and how.
 
     Attributes:
-        inputs: files, folders, URIs or `shipped:NAME`s.
+        inputs: files, folders, URIs, `shipped:NAME`s or topics.
         output: folder or URI to make; it must not hold anything yet.
         tokenizer: makes the tokens.
         steps: what is done to each document.
@@ -53,6 +54,7 @@ class Ingestion:
         text_field: column or key of the text in parquet and jsonl.
         decontaminate: datasets whose held-out documents, and texts all of whose documents, are kept out of training.
         tombstones: folders whose forgotten documents are left out, besides the one that the output is in.
+        after: dataset after whose offsets its topics are read; None: from where the inputs say.
         block_tokens: tokens that are read at once; None: the usual.
         unit_bytes: input that one process does at a time.
         storage: how storage is spoken to.
@@ -69,6 +71,7 @@ class Ingestion:
     text_field: str = "text"
     decontaminate: tuple[str, ...] = ()
     tombstones: tuple[str, ...] = ()
+    after: str | None = None
     block_tokens: int | None = None
     unit_bytes: int = UNIT_BYTES
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -89,7 +92,7 @@ def ingest(wanted: Ingestion, progress: Progress = lambda what, done, total: Non
         raise DataError(f"held-out fraction {fraction}: it must be above 0 and below 0.5, e.g. 0.05.")
     check_languages(wanted.steps.languages)
     with _Place.of(wanted) as place:
-        files = input_files(wanted.inputs, wanted.storage)
+        files = _files(wanted, place.store)
         large = sum(file.num_bytes for file in files) > HERE_BYTES
         on_ray = wanted.on_ray if wanted.on_ray is not None else large or wanted.ray_address is not None
         runner: AbstractContextManager[Runner] = nullcontext(run_here)
@@ -99,6 +102,28 @@ def ingest(wanted: Ingestion, progress: Progress = lambda what, done, total: Non
             report = _make(wanted, place, files, _Steady(run, progress))
         place.publish()
     return Dataset.open(wanted.output, Access(storage=wanted.storage)), report
+
+
+def _files(wanted: Ingestion, store: Store) -> list[InputFile]:
+    """The files and the stretches of topics that are the input."""
+    topics = [location for location in wanted.inputs if is_topic(location)]
+    after: dict[str, dict[int, int]] = {}
+    if wanted.after is not None:
+        after = offsets_after(Dataset.open(wanted.after, Access(storage=wanted.storage)).manifest.inputs)
+        for name in {Topic.parse(location).name for location in topics} - {*after}:
+            raise DataError(f"--after {wanted.after}: was not made from topic '{name}', but from: {', '.join(after)}.")
+        if not topics:
+            raise DataError(f"--after {wanted.after}: says where topics go on, and no input is one ({SCHEME}...).")
+    files: list[InputFile] = []
+    for location in wanted.inputs:
+        if is_topic(location):
+            files += topic_files(location, after, store)
+        else:
+            files += input_files([location], wanted.storage)
+    if topics and not any(file.num_bytes for file in files):
+        since = f" after {wanted.after}" if wanted.after else ""
+        raise DataError(f"{', '.join(topics)}: there is no message{since}. Nothing was made.")
+    return files
 
 
 class _Steady:
@@ -137,7 +162,11 @@ def _make(wanted: Ingestion, place: _Place, files: Sequence[InputFile], steady: 
     _check_not_empty(report, wanted.held_out_fraction)
 
     shards = steady.results("shards", functools.partial(make_shard, job), plans)
-    hashed = steady.results("hashes", functools.partial(_hash_file, wanted.storage), [file.to_json() for file in files])
+    lineage = messages_read(store, units, files)
+    unhashed = {file.to_json(): file for file in files if file not in lineage}
+    hashed = steady.results("hashes", functools.partial(_hash_file, wanted.storage), list(unhashed))
+    for text, file in unhashed.items():
+        lineage[file] = InputRecord(path=file.name, num_bytes=file.num_bytes, sha256=hashed[text])
     index = IndexWriter(store, job.facts)
     names = set()
     for plan in plans:
@@ -149,9 +178,8 @@ def _make(wanted: Ingestion, place: _Place, files: Sequence[InputFile], steady: 
         # What an earlier attempt left: shards of other options, half-written files.
         for name in store.sizes(split).keys() - names:
             store.delete(name)
-    lineage = [InputRecord(path=file.name, num_bytes=file.num_bytes, sha256=hashed[file.to_json()]) for file in files]
     duplicates = report.dropped["duplicate"].documents if "duplicate" in report.dropped else 0
-    manifest = index.finish(num_duplicates=duplicates, inputs=lineage)
+    manifest = index.finish(num_duplicates=duplicates, inputs=[lineage[file] for file in files])
     if wanted.steps.rows:
         store.write(REPORT_NAME, report.to_json(manifest.identity))
     place.clear_work()

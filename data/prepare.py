@@ -26,6 +26,7 @@ from data.corpora import is_shipped
 from data.index import FORMAT_VERSION, MANIFEST_NAME
 from data.ingest import Ingestion, Progress, ingest
 from data.inputs import InputFile, input_files
+from data.kafka import is_topic
 from data.quality import QualityRules
 from data.shards import Access, Dataset
 from data.steps import ALL_STEPS, Steps
@@ -151,6 +152,7 @@ def ingestion(options: argparse.Namespace) -> Ingestion:
         text_field=options.text_field,
         decontaminate=tuple(options.decontaminate),
         tombstones=tuple(options.tombstones),
+        after=options.after,
         on_ray={"ray": True, "here": False, "auto": None}[options.on],
         ray_address=os.environ.get("RAY_ADDRESS") if options.on != "here" else None,
     )
@@ -160,11 +162,18 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, s3://BUCKET/... or shipped:NAME")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders, s3://..., kafka://... or shipped:NAME",
+    )
+    add("--after", metavar="DIR", help="read topics on from where this dataset ends")
     add("--output", required=True, metavar="DIR", help="folder or URI to make")
     add("--tokenizer", required=True, metavar="PATH", help="tokenizer.json or shipped:tokenizer")
     add("--held-out-fraction", type=float, default=0.05, help="share of documents never trained on")
-    add("--text-field", default="text", help="column or key of the text in parquet and jsonl")
+    add("--text-field", default="text", help="column or key of the text in parquet, jsonl and topics")
     add("--unicode", choices=("NFC", "NFKC", "off"), default="NFC", help="form that texts are brought into")
     add("--invalid-utf8", choices=("drop", "refuse"), default="drop", help="drop and count, or stop at, such documents")
     add("--quality", nargs="*", default=[], metavar="RULE=NUMBER", help="other bounds of quality rules, or off")
@@ -212,6 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{options.output}: identity {dataset.identity[:12]}")
     for split, total in dataset.manifest.splits.items():
         print(f"  {split}: {total.num_documents} documents, {total.num_tokens} tokens, {total.num_shards} shards")
+    for record in dataset.manifest.inputs:
+        if is_topic(record.path):
+            print(f"  {record.path}: {record.num_bytes} bytes; --after {options.output} goes on there")
     report.show(Console(highlight=False))
     return 0
 

@@ -22,7 +22,9 @@ LANGUAGE_CHARACTERS = 2000
 """A language is told by the beginning of a text."""
 
 UnicodeForm = Literal["NFC", "NFKC", "off"]
-Reason = Literal["not_utf8", "empty", "language", "quality", "contaminated", "duplicate", "near_duplicate", "forgotten"]
+Reason = Literal[
+    "not_utf8", "malformed", "empty", "language", "quality", "contaminated", "duplicate", "near_duplicate", "forgotten"
+]
 """Why a document is dropped, in the order in which it is asked."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -19,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conf.schema import StorageConfig
-from data.documents import Piece, PieceReader, not_utf8, pieces
-from data.index import FORMAT_VERSION, table_bytes
+from data.documents import Piece, PieceReader, Record, not_utf8, pieces
+from data.index import FORMAT_VERSION, InputRecord, table_bytes
 from data.inputs import InputFile
+from data.kafka import is_topic
 from data.near import BANDS, SKETCH_BYTES, signatures
 from data.overlap import Evaluation
 from data.steps import Dropped, Judge, Kept, Steps
@@ -148,14 +150,17 @@ def process(job: Job, unit_json: str) -> str:
     tools = _tools(job)
     work = _UnitWork(tools, unit.key)
     num_lines: list[int] = []
+    messages: list[tuple[int, str]] = []
     for number, piece in enumerate(unit.pieces):
         reader = PieceReader(piece, job.text_field, job.storage)
         for record in reader:
-            if record.text is None and job.steps.invalid_utf8 == "refuse":
+            if record.fault == "not_utf8" and job.steps.invalid_utf8 == "refuse":
                 raise not_utf8(reader.place(record))
-            work.add(number, record.id, record.row, record.text)
+            work.add(number, record)
         num_lines.append(reader.num_lines)
-    table = work.finish().replace_schema_metadata({"num_lines": json.dumps(num_lines)})
+        messages.append((reader.num_bytes, reader.digest.hexdigest()))
+    facts = {"num_lines": json.dumps(num_lines), "messages": json.dumps(messages)}
+    table = work.finish().replace_schema_metadata(facts)
     tools.store.write(unit_name(unit.key), table_bytes(table))
     return unit.key
 
@@ -164,6 +169,25 @@ def read_unit(content: memoryview) -> tuple[pa.Table, list[int]]:
     """A unit's table, and the lines of each of its pieces."""
     table = pq.read_table(pa.BufferReader(content), use_threads=False)
     return table, json.loads(table.schema.metadata[b"num_lines"])
+
+
+def messages_read(store: Store, units: Sequence[Unit], files: Sequence[InputFile]) -> dict[InputFile, InputRecord]:
+    """Lineage of the stretches of topics among the input, without reading them again.
+
+    The hash of one is over those of its pieces, whose bounds do not depend on how units are cut.
+    """
+    sizes: Counter[InputFile] = Counter()
+    digests: dict[InputFile, list[str]] = {file: [] for file in files if is_topic(file.folder)}
+    for unit in units:
+        if not any(is_topic(piece.file.folder) for piece in unit.pieces):
+            continue
+        schema = pq.read_schema(pa.BufferReader(store.read(unit_name(unit.key))))
+        for piece, (size, digest) in zip(unit.pieces, json.loads(schema.metadata[b"messages"]), strict=True):
+            if piece.file in digests:
+                sizes[piece.file] += size
+                digests[piece.file].append(digest)
+    hashes = {file: hashlib.sha256("".join(found).encode()).hexdigest() for file, found in digests.items()}
+    return {file: InputRecord(path=str(file), num_bytes=sizes[file], sha256=hashes[file]) for file in digests}
 
 
 def read_tokens(content: memoryview) -> pa.ListArray:
@@ -206,10 +230,11 @@ class _UnitWork:
         self._block_characters = 0
         self._num_blocks = 0
 
-    def add(self, piece: int, document_id: str | None, row: int, text: str | None) -> None:
+    def add(self, piece: int, read: Record) -> None:
         """Judge a document."""
-        verdict = Dropped("not_utf8", "") if text is None else self._judge.verdict(text)
-        record: dict[str, object] = {"id": document_id, "piece": piece, "row": row, "characters": len(text or "")}
+        text = read.text or ""
+        verdict = Dropped(read.fault, "") if read.fault else self._judge.verdict(text)
+        record: dict[str, object] = {"id": read.id, "piece": piece, "row": read.row, "characters": len(text)}
         record |= {"reason": "", "detail": "", "block": -1, "place": -1, "num_tokens": 0}
         self._rows.append(record)
         if isinstance(verdict, Dropped):

@@ -174,9 +174,12 @@ class DatasetWriter:
         """Append a document; its end-of-text token is added here.
 
         Raises:
-            ValueError: a token is negative or not below the vocabulary's size.
+            ValueError: a token is no whole number, negative or not below the vocabulary's size; names the document.
             DataError: a shard cannot be written.
         """
+        if not np.issubdtype(tokens.dtype, np.integer):
+            # Fractions would be cut off, and a NaN is neither above nor below anything.
+            raise ValueError(f"document {document_id}: tokens are {tokens.dtype}, must be whole numbers")
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.facts.vocab_size:
             raise ValueError(f"document {document_id}: tokens from {tokens.min()} to {tokens.max()}, must be in "
                              f"[0, {self.facts.vocab_size})")  # fmt: skip

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from conf.errors import Problem
 from conf.schema import DiskTierConfig, MemoryTierConfig, RedisTierConfig, RunConfig, TrainingConfig
+from data.kafka import is_topic
 from data.mix import num_lanes_of
 from data.storage import SCHEMES
 from data.writer import BLOCK_TOKENS
@@ -25,7 +26,10 @@ def schemes_are_known(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Sources are where something can be read from."""
     for name, source in config.data.sources.items():
         scheme, separator, _ = source.path.partition("://")
-        if separator and scheme not in SCHEMES:
+        if is_topic(source.path):
+            rule = "a run reads datasets: python -m data.prepare --input TOPIC --output DIR makes one"
+            yield Problem(f"data.sources.{name}.path", f"is the topic {source.path}, and {rule}.")
+        elif separator and scheme not in SCHEMES:
             known = ", ".join(f"{known}://" for known in SCHEMES)
             yield Problem(f"data.sources.{name}.path", f"is {source.path}, of unknown scheme; known are {known}.")
 

@@ -242,6 +242,23 @@ def google(folder: Path) -> Iterator[str]:
         yield url
 
 
+def kafka_program() -> str | None:
+    """The broker that a package brings along."""
+    found = importlib.util.find_spec("noida_db")
+    return str(Path(found.origin).parent / "noida-db") if found and found.origin else None
+
+
+@contextmanager
+def kafka(folder: Path, port: int | None = None) -> Iterator[str]:
+    """A broker of Kafka's protocol that keeps what it has in a folder; yields its address."""
+    server = kafka_program()
+    assert server is not None
+    port = port or free_ports(1)[0]
+    command = [server, "start", "--only", "kafka", "--kafka-port", str(port), "--data-dir", str(folder / "broker")]
+    with running(command, folder, lambda: listens(port)):
+        yield f"127.0.0.1:{port}"
+
+
 def post(url: str, content: bytes, kind: str) -> None:
     """Send something to a server."""
     request = urllib.request.Request(url, data=content, headers={"Content-Type": kind})
