@@ -38,9 +38,10 @@ from data.index import (
     root_bytes,
     root_name,
 )
+from data.seen import sightings
 from data.shards import Access, Dataset
 from data.storage import Store
-from data.tombstones import Tombstone, parent_and_name, read_tombstones, write_tombstone
+from data.tombstones import Passage, Tombstone, parent_and_name, read_tombstones, write_tombstone
 from data.writer import SHARD_DIGITS, DatasetFacts, totals_of, write_shard
 
 NUM_READERS = 8
@@ -49,21 +50,11 @@ COMMIT = "forgetting/commit.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Passage:
-    """Where a document is: tokens [first, after) of a split."""
-
-    id: str
-    split: Split
-    first: int
-    after: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Forgotten:
     """What was done.
 
     Attributes:
-        passages: where the documents were; empty: they were forgotten before.
+        passages: where the documents were.
         shards: paths of the shards that held something of them, and are gone.
         tombstones: acts of forgetting these documents, this one last.
         identities: of all datasets that held one of them: this one's as it was, and what it was before that.
@@ -111,7 +102,11 @@ def _forget(documents: frozenset[str], dataset: Dataset, storage: StorageConfig 
         before = {stone.identity for stone in earlier}
         identities = _ancestors(before, read_tombstones(folder, storage))
         return Forgotten(
-            passages=(), shards=(), tombstones=tuple(earlier), identities=identities, becomes=dataset.identity
+            passages=_told(earlier, documents),
+            shards=(),
+            tombstones=tuple(earlier),
+            identities=identities,
+            becomes=dataset.identity,
         )
     entries = _rewritten(dataset, passages, documents)
     changes, becomes = _new_index(dataset, entries)
@@ -124,6 +119,7 @@ def _forget(documents: frozenset[str], dataset: Dataset, storage: StorageConfig 
         dataset=name,
         identity=dataset.identity,
         becomes=becomes,
+        passages=passages,
     )
     # First, so that whatever happens from here on, the document does not come back.
     write_tombstone(folder, stone, storage)
@@ -132,8 +128,17 @@ def _forget(documents: frozenset[str], dataset: Dataset, storage: StorageConfig 
     identities = _ancestors({dataset.identity}, read_tombstones(folder, storage))
     _check(dataset.path, passages, storage)
     return Forgotten(
-        passages=passages, shards=tuple(old), tombstones=(*earlier, stone), identities=identities, becomes=becomes
+        passages=(*passages, *_told(earlier, documents)),
+        shards=tuple(old),
+        tombstones=(*earlier, stone),
+        identities=identities,
+        becomes=becomes,
     )
+
+
+def _told(earlier: Sequence[Tombstone], documents: frozenset[str]) -> tuple[Passage, ...]:
+    """Where documents were that were forgotten before, as far as it was written down."""
+    return tuple(passage for stone in earlier for passage in stone.passages if passage.id in documents)
 
 
 def passages_of(dataset: Dataset, documents: frozenset[str]) -> Iterator[Passage]:
@@ -285,27 +290,6 @@ def _ancestors(identities: Iterable[str], stones: Sequence[Tombstone]) -> frozen
     return frozenset(found)
 
 
-def checkpoints_that_saw(runs: Path, identities: frozenset[str]) -> dict[str, tuple[str, ...]]:
-    """Checkpoints under a folder that were trained from a dataset of one of these identities: path -> their sources.
-
-    Raises:
-        DataError: there is no such folder, or a manifest in it cannot be read.
-    """
-    if not runs.is_dir():
-        raise DataError(f"{runs}: there is no such folder. Give the one that runs are in.")
-    found = {}
-    for manifest in sorted(runs.rglob("manifest.json")):
-        try:
-            record = json.loads(manifest.read_bytes())
-            data = record["provenance"]["data"] if "provenance" in record else {}
-            sources = tuple(source for source, identity in data.items() if identity in identities)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            raise DataError(f"{manifest}: cannot be read as the manifest of a checkpoint ({error!r}).") from error
-        if sources:
-            found[str(manifest.parent)] = sources
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point.
 
@@ -319,7 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         done = forget(options.documents, options.dataset)
-        seen = checkpoints_that_saw(options.runs, done.identities) if options.runs else {}
+        # Tombstones of before places were written down do not say where a document was.
+        known = {passage.id for passage in done.passages} >= {*options.documents}
+        seen = sightings(options.runs, done.identities, done.passages if known else ()) if options.runs else []
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -331,8 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rewritten: {shard}")
     print(f"{options.dataset}: identity {done.becomes[:12]}")
     print("Caches keep blocks until they are evicted or end: empty disk and Redis tiers that were in front of it.")
-    for path, sources in seen.items():
-        print(f"had it in its data: {path} ({', '.join(sources)})")
+    for sighting in seen:
+        print(f"{'had seen it' if sighting.saw else 'had not seen it'}: {sighting.checkpoint} ({sighting.why})")
     if options.runs and not seen:
         print(f"no checkpoint in {options.runs} was made from a dataset that held it")
     return 0

@@ -23,6 +23,7 @@ from data.shards import Dataset, Tokens
 
 PLANNED_SAMPLES = 4096
 """Places are worked out for about so many samples at once, which makes the arithmetic cheap."""
+SEARCHED_SAMPLES = 1 << 18
 NEAR_PARTS = 16
 """Parts of the index that a shuffle draws from at a time."""
 WASTE = 0.01
@@ -211,6 +212,21 @@ class Stream:
         """Blocks that a step reads something of, as (source, number)."""
         sources, _, first_tokens = self._locate(self.sample_ids(step))
         return [(self._sources[source].name, block) for source, block in self._blocks_of(sources, first_tokens)]
+
+    def first_step_with(self, stretches: Mapping[str, Sequence[tuple[int, int]]], steps: range) -> int | None:
+        """The first of some steps that shows a token of stretches [first, after) of sources; None: none does."""
+        rows, length = self.spec.global_batch, self.spec.sequence_length + 1
+        at_once = max(1, SEARCHED_SAMPLES // rows)
+        for start in range(steps.start, steps.stop, at_once):
+            ids = np.arange(start * rows, min(start + at_once, steps.stop) * rows, dtype=np.int64)
+            sources, _, first_tokens = self._locate(ids)
+            shown = np.zeros(len(ids), bool)
+            for number, source in enumerate(self._sources):
+                for first, after in stretches.get(source.name, ()):
+                    shown |= (sources == number) & (first_tokens < after) & (first_tokens + length > first)
+            if shown.any():
+                return start + int(shown.argmax()) // rows
+        return None
 
     def counters(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """What was read so far: of storage, and of each tier by name."""

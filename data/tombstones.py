@@ -12,9 +12,20 @@ from dataclasses import asdict, dataclass
 
 from conf.errors import DataError
 from conf.schema import StorageConfig
+from data.index import Split
 from data.storage import Store
 
 FOLDER = "tombstones"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passage:
+    """Where a document is: tokens [first, after) of a split."""
+
+    id: str
+    split: Split
+    first: int
+    after: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +38,7 @@ class Tombstone:
         dataset: name of the folder they were forgotten from.
         identity: of the dataset that held them.
         becomes: identity of the dataset without them.
+        passages: where they were; empty: it was not written down.
     """
 
     time: str
@@ -34,6 +46,7 @@ class Tombstone:
     dataset: str
     identity: str
     becomes: str
+    passages: tuple[Passage, ...] = ()
 
 
 def parent_and_name(location: str) -> tuple[str, str]:
@@ -57,7 +70,8 @@ def read_tombstones(folder: str, storage: StorageConfig | None = None) -> list[T
             continue
         try:
             record = json.loads(bytes(store.read(name)))
-            found.append(Tombstone(**(record | {"documents": tuple(record["documents"])})))
+            passages = tuple(Passage(**passage) for passage in record.get("passages", ()))
+            found.append(Tombstone(**(record | {"documents": tuple(record["documents"]), "passages": passages})))
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{store.name_of(name)}: not a tombstone ({error!r}). Restore it from a copy.") from error
     return sorted(found, key=lambda stone: stone.time)

@@ -13,19 +13,23 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_tokenizer
 
+from conf import load
 from conf.errors import DataError
+from conf.schema import SourceConfig
 from data import ingest as ingest_module
 from data import units as units_module
-from data.forget import checkpoints_that_saw, forget, shards_of
+from data.forget import forget, shards_of
 from data.forget import main as forget_main
 from data.held_out import held_out_documents
 from data.index import FORGOTTEN_ID, SPLITS
 from data.ingest import Ingestion, ingest
 from data.inputs import input_files
 from data.prepare import main
+from data.seen import sightings
 from data.shards import Dataset
 from data.steps import ALL_STEPS, Steps
 from data.storage import Store
+from data.stream import Stream, stream_of_stage
 from data.tokenizer import Tokenizer
 
 WORDS = [f"word{number}" for number in range(400)]
@@ -211,6 +215,41 @@ def test_text_that_judges_models_is_kept_out(
     assert leaks > 5 and "leak" not in again and not held_out & set(again)
 
 
+def write_run(run: Path, dataset: Dataset, num_steps: int) -> tuple[Path, Callable[..., Path]]:
+    """A run that trains on a dataset, as far as its order goes, and what writes a checkpoint's manifest into it."""
+    config = load.compose(["recipe=foundation"])
+    stage = config.stages["pretrain"]
+    training = replace(
+        stage.training,
+        mixture={"business": 1.0},
+        sequence_length=50,
+        global_batch=2,
+        micro_batch=1,
+        num_steps=num_steps,
+    )
+    sources = {"business": SourceConfig(path=dataset.path)}
+    config = replace(
+        config, stages={"pretrain": replace(stage, training=training)}, data=replace(config.data, sources=sources)
+    )
+    run.mkdir(parents=True)
+    load.write(config, run / "config.json")
+    (run / "datasets.json").write_text(json.dumps({"business": dataset.path}))
+    identity = dataset.identity
+
+    def saved(step: int, stage: str = "pretrain", **about: object) -> Path:
+        path = run / f"stages/{stage}/checkpoints/step-{step:08d}"
+        path.mkdir(parents=True, exist_ok=True)
+        provenance = {"stage": stage, "data": {"business": identity}, "parents": [], **about}
+        (path / "manifest.json").write_text(json.dumps({"step": step, "provenance": provenance}))
+        return path
+
+    return run, saved
+
+
+def stream_over(run: Path, dataset: Dataset) -> Stream:
+    return stream_of_stage(load.read(run / "config.json"), "pretrain", {"business": dataset})
+
+
 def test_a_forgotten_document_is_gone_and_stays_gone(
     wanted: Ingestion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,20 +261,41 @@ def test_a_forgotten_document_is_gone_and_stays_gone(
     size = before.manifest.block_tokens * before.manifest.shard_blocks
     border = next(row for row in rows if row["split"] == "train" and row["first_token"] <= size < row["first_token"] + row["num_tokens"])  # type: ignore[operator]  # fmt: skip # noqa: E501
     ids = [str(row["id"]) for row in (trained, judged, border)]
-    runs = tmp_path / "runs/one/stages/pretrain/checkpoints/step-00000002"
+    runs = tmp_path / "elsewhere/step-00000002"
     runs.mkdir(parents=True)
     (runs / "manifest.json").write_text(json.dumps({"provenance": {"data": {"business": before.identity}}}))
+    run, saved = write_run(tmp_path / "runs/one", before, num_steps=40)
+    shown = [
+        {name for names in stream_over(run, before).documents(step).values() for name in names} for step in range(40)
+    ]
 
     with pytest.raises(DataError, match=r"holds no document nobody\. Nothing was changed"):
         forget([ids[0], "nobody"], wanted.output)
     done = forget(ids[:2], wanted.output)
-    assert checkpoints_that_saw(tmp_path / "runs", done.identities) == {str(runs): ("business",)}
-    arguments = ["--dataset", wanted.output, "--runs", str(tmp_path / "runs")]
+    # By step, where the run is there to say; what is made from a checkpoint had seen what that had.
+    child = saved(0, stage="prune", data={}, parents=[{"path": str(saved(40))}])
+    for document, split in ((ids[0], "train"), (ids[1], "held_out")):
+        passages = [passage for passage in done.passages if passage.id == document]
+        assert [passage.split for passage in passages] == [split]
+        for step in range(41):
+            saved(step)
+        found = {each.checkpoint: each.saw for each in sightings(run, done.identities, passages)}
+        first = next((step for step in range(40) if document in shown[step]), 40)
+        assert (0 < first < 40) == (split == "train")
+        assert found == {str(saved(step)): step > first for step in range(41)} | {str(child): split == "train"}
+    (unknown,) = sightings(tmp_path / "elsewhere", done.identities, done.passages)
+    assert unknown.saw and "by the dataset alone" in unknown.why
+    arguments = ["--dataset", wanted.output, "--runs", str(tmp_path / "elsewhere")]
     assert forget_main([ids[2], *arguments]) == 0
     # Checkpoints from before the first act had seen what the second one takes out.
-    assert f"had it in its data: {runs} (business)" in capsys.readouterr().out
-    assert forget_main([ids[0], *arguments]) == 0
-    assert "forgotten 20" in capsys.readouterr().out
+    assert f"had seen it: {runs} (business" in capsys.readouterr().out
+    assert forget_main([ids[0], "--dataset", wanted.output, "--runs", str(run)]) == 0
+    told = capsys.readouterr().out
+    first = next(step for step in range(40) if ids[0] in shown[step])
+    assert (
+        "forgotten 20" in told and f"had not seen it: {saved(first)} (business: first shown in step {first} of" in told
+    )
+    assert f"had seen it: {child} (made from {saved(40)})" in told
 
     after = Dataset.open(wanted.output)
     after.check_stored()

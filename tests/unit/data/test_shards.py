@@ -213,10 +213,10 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, says
         Dataset.open(dataset.path)
 
 
-@pytest.mark.parametrize("tokens", [[-1], [1000]])
-def test_tokens_outside_the_vocabulary_are_not_written(tmp_path: Path, tokens: list[int]) -> None:
+@pytest.mark.parametrize("tokens", [[-1], [1000], [float("nan")], [1.5]])
+def test_tokens_outside_the_vocabulary_are_not_written(tmp_path: Path, tokens: list[float]) -> None:
     facts = DatasetFacts(tokenizer_sha256="t", vocab_size=1000, end_of_text_id=0, held_out_fraction=0.1)
-    with pytest.raises(ValueError, match=r"must be in \[0, 1000\)"):
+    with pytest.raises(ValueError, match=r"document doc: tokens .*(must be in \[0, 1000\)|must be whole numbers)"):
         DatasetWriter(Store.open(tmp_path), facts).add("train", "doc", "file", np.array(tokens))
 
 
