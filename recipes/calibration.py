@@ -26,8 +26,12 @@ def calibration_batches(
         DataError: there is too little text, or a document of it is one that models are evaluated on.
     """
     stream = _stream(given, config, use=use)
-    refuse_overlap(given.context.config, given.datasets, stream)
-    return stream.batches(0, place.data, mesh.data)
+
+    def read() -> list[Batch]:
+        refuse_overlap(given.context.config, given.datasets, stream)
+        return stream.batches(0, place.data, mesh.data)
+
+    return given.reading.of_all_ranks(read)
 
 
 def search_batches(
@@ -37,7 +41,8 @@ def search_batches(
 
     Training text as well, in another order: what a choice is made by must not be what its result is judged by.
     """
-    return _stream(given, replace(config, tokens=tokens), use="search").batches(0, place.data, mesh.data)
+    stream = _stream(given, replace(config, tokens=tokens), use="search")
+    return given.reading.of_all_ranks(lambda: stream.batches(0, place.data, mesh.data))
 
 
 def num_rows(config: CalibrationConfig) -> int:

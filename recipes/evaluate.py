@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 from conf import load
 from conf.schema import EvaluateStage, RunConfig
+from data.batch import Batch
 from data.held_out import held_out_batches
 from data.ngram import NGram
+from data.shards import Dataset
 from data.stream import stream_of_stage
 from parallel.engine import make_engine
 from recipes.pretrain import mesh_of
@@ -38,10 +40,10 @@ def evaluate(given: StageInput, stage: EvaluateStage) -> StageOutput:
     scores: Scores = {}
     for name in stage.models:
         scores |= score_model(given, stage, name)
+    if stage.ngram_order:
+        # Rank 0 alone makes them, and the others wait for it outside of collectives.
+        scores |= given.reading.of_all_ranks(lambda: score_baselines(given, stage) if given.context.is_first else {})
     if given.context.is_first:
-        if stage.ngram_order:
-            for name in stage.ngram_models:
-                scores |= score_baseline(given, stage, name)
         metrics = MetricsWriter(given.context.run.metrics_file)
         write_evaluations(metrics, given.name, scores)
         write_comparisons(metrics, given.name, stage, scores)
@@ -78,21 +80,10 @@ def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
         engine.load_weights(checkpoint.weights)
         quantisation = quantisation_of(context.run, name)
         run_quantised(engine, quantisation)
+        place = engine.coordinate
+        texts = given.reading.of_all_ranks(lambda: held_out_text(given, stage, place.data, mesh.data))
         started = time.monotonic()
-        scores = {
-            (name, source): score_documents(
-                engine,
-                held_out_batches(
-                    given.datasets[source],
-                    tokens=stage.tokens,
-                    sequence_length=stage.sequence_length,
-                    micro_batch=stage.micro_batch,
-                    data_rank=engine.coordinate.data,
-                    data_size=mesh.data,
-                ),
-            )
-            for source in stage.sources
-        }
+        scores = {(name, source): score_documents(engine, batches) for source, batches in texts.items()}
         seconds = time.monotonic() - started
     finally:
         engine.close()
@@ -108,6 +99,23 @@ def score_model(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
     return scores
 
 
+def held_out_text(
+    given: StageInput, stage: EvaluateStage, data_rank: int = 0, data_size: int = 1
+) -> dict[str, list[Batch]]:
+    """A data rank's share of the documents that are scored, by source."""
+    return {
+        source: held_out_batches(
+            given.datasets[source],
+            tokens=stage.tokens,
+            sequence_length=stage.sequence_length,
+            micro_batch=stage.micro_batch,
+            data_rank=data_rank,
+            data_size=data_size,
+        )
+        for source in stage.sources
+    }
+
+
 def weight_bytes(checkpoint: Checkpoint, quantisation: Quantisation | None, itemsize: int) -> int:
     """What the weights take as they are exported: rounded matrices a byte an element and a scale a row."""
     total = 0
@@ -119,23 +127,25 @@ def weight_bytes(checkpoint: Checkpoint, quantisation: Quantisation | None, item
     return total
 
 
+def score_baselines(given: StageInput, stage: EvaluateStage) -> Scores:
+    """Scores of all n-gram models that are asked for."""
+    scores: Scores = {}
+    for name in stage.ngram_models:
+        scores |= score_baseline(given, stage, name)
+    return scores
+
+
 def score_baseline(given: StageInput, stage: EvaluateStage, name: str) -> Scores:
     """Scores, on the same documents, of an n-gram model that has seen what the named model saw."""
     config = given.context.config
-    seen = list(up_to(seen_by(given.model_of(name)), stage.ngram_tokens))
+    seen = list(up_to(seen_by(given.model_of(name), given.reading.watch), stage.ngram_tokens))
     if not seen:
         text = f"no n-gram beside {name}: its checkpoint was copied out of its run, which alone knows what it saw"
         MetricsWriter(given.context.run.metrics_file).write("message", level="warning", text=text)
         return {}
     baseline = NGram.train(seen, vocab_size=config.model.vocab_size, order=stage.ngram_order)
     scores: Scores = {}
-    for source in stage.sources:
-        batches = held_out_batches(
-            given.datasets[source],
-            tokens=stage.tokens,
-            sequence_length=stage.sequence_length,
-            micro_batch=stage.micro_batch,
-        )
+    for source, batches in held_out_text(given, stage).items():
         rows = baseline.score(batches)
         scores[baseline_name(stage, name), source] = DocumentScores.from_rows(
             rows.sample_ids_B, rows.loss_B, rows.correct_B, rows.num_tokens_B
@@ -148,16 +158,20 @@ def baseline_name(stage: EvaluateStage, name: str) -> str:
     return f"{stage.ngram_order}-gram of {name}"
 
 
-def seen_by(checkpoint: Path) -> Iterator[npt.NDArray[np.int64]]:
+def seen_by(
+    checkpoint: Path, opened: Callable[[Iterable[Dataset]], None] = lambda datasets: None
+) -> Iterator[npt.NDArray[np.int64]]:
     """Token windows that made a model: its stage's, the stages' before, then those of the run that one started from.
 
-    Order is arithmetic, so what was seen is read again rather than recorded. Latest stage first.
+    Order is arithmetic, so what was seen is read again rather than recorded. Latest stage first. `opened` is told the
+    datasets that are read.
     """
     run = run_of(checkpoint)
     if run is None:
         return
     config = load.read(run.config_file)
     datasets = open_datasets(run, config.data)
+    opened(datasets.values())
     last = config.order.index(checkpoint.parents[1].name)
     for name in reversed(config.order[: last + 1]):
         training = getattr(config.stages[name], "training", None)
@@ -166,7 +180,7 @@ def seen_by(checkpoint: Path) -> Iterator[npt.NDArray[np.int64]]:
             for step in range(training.num_steps):
                 yield from stream.windows(stream.sample_ids(step))
     if config.init is not None:
-        yield from seen_by(Path(config.init))
+        yield from seen_by(Path(config.init), opened)
 
 
 def up_to(windows: Iterator[npt.NDArray[np.int64]], limit: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -45,7 +45,7 @@ def record_logits(given: StageInput, stage: LogitsStage) -> StageOutput:
         place, mesh = engine.coordinate, engine.mesh
         recorder = Recorder(engine, store, manifest, temperature=distillation.temperature)
         finished = recorder.run(
-            lambda step: stream.batches(step, place.data, mesh.data),
+            lambda step: given.reading.of_all_ranks(lambda: stream.batches(step, place.data, mesh.data)),
             training.num_steps,
             asked_to_stop=lambda: asked_to_stop(given),
             tell=lambda done: tell(given, done, training.num_steps),

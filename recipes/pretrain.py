@@ -83,6 +83,7 @@ def train_stage(
             provenance=provenance_of(given, model, training.sources, parents),
             objectives=lesson.objectives,
             teacher_flops_per_token=lesson.flops_per_token,
+            reading=given.reading,
         )
         outcome, checkpoint = TrainingLoop(context, job, engine, initial).run()
     except StepOutOfMemoryError as error:

@@ -30,8 +30,9 @@ from recipes.prune import prune
 from recipes.quantise import quantise
 from recipes.recover import recover
 from recipes.specialise import specialise
-from recipes.stage import StageInput, StageOutput, open_datasets
+from recipes.stage import StageInput, StageOutput, open_datasets, reading_of
 from recipes.stage_models import passes_on
+from train.data_gate import StoppedWaitingError
 from train.metrics import MetricsWriter
 from train.rundir import StageResult
 from train.worker import RankContext, RankOutcome
@@ -49,7 +50,13 @@ def run_stages(context: RankContext) -> RankOutcome:
             return "stopped"
         if result is None:
             started = time.monotonic()
-            output = run_stage(StageInput(context=context, name=name, incoming=incoming, datasets=datasets))
+            reading = reading_of(context, name, datasets)
+            try:
+                output = run_stage(
+                    StageInput(context=context, name=name, incoming=incoming, datasets=datasets, reading=reading)
+                )
+            except StoppedWaitingError:
+                return "stopped"
             if output.outcome == "stopped":
                 return "stopped"
             checkpoint = None if output.checkpoint is None else str(output.checkpoint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf.schema import ModelConfig, TrainingConfig
@@ -19,10 +19,9 @@ from data.shards import Dataset
 from data.stream import stream_of_stage
 from parallel import device
 from parallel.engine import Engine, Objective, StepResult, TensorSource
-from parallel.groups import default_store
 from parallel.loss import CrossEntropy
 from train.checkpoint import Checkpoint, checkpoint_name
-from train.data_gate import DataGate
+from train.data_gate import DataGate, Reading, data_gate
 from train.manifest import Provenance
 from train.metrics import MetricsWriter
 from train.resume import newest_intact
@@ -48,6 +47,7 @@ class StageJob:
         provenance: what its checkpoints say about where they come from.
         objectives: the loss of a step's micro-batches, or one for each; None: cross-entropy.
         teacher_flops_per_token: model FLOPs a token of what `objectives` computes besides.
+        reading: what is read besides the steps' batches.
     """
 
     name: str
@@ -58,6 +58,7 @@ class StageJob:
     provenance: Provenance
     objectives: Callable[[Sequence[Batch]], Objective | Sequence[Objective]] | None = None
     teacher_flops_per_token: float = 0.0
+    reading: Reading = field(default_factory=Reading)
 
 
 class TrainingLoop:
@@ -87,19 +88,13 @@ class TrainingLoop:
             world_size=context.place.world_size,
             keep=training.keep_checkpoints,
         )
-        self.held_out: dict[str, list[Batch]] = {
-            name: held_out_batches(
-                dataset,
-                tokens=training.validation_tokens,
-                sequence_length=training.sequence_length,
-                micro_batch=training.micro_batch,
-                data_rank=engine.coordinate.data,
-                data_size=engine.mesh.data,
-            )
-            for name, dataset in job.datasets.items()
-            if name in training.sources
-        }
-        self.gate = self.data_gate()
+        self.held_out: dict[str, list[Batch]] = job.reading.of_all_ranks(self.held_out_text)
+        self.gate: DataGate | None = data_gate(
+            job.name,
+            [job.datasets[name] for name in training.sources],
+            place=context.place,
+            say=lambda text: self.message("info", text),
+        )
         self.stop_checked = 0.0
         self.stop_seen = False
         self.saved_step = -1
@@ -124,10 +119,6 @@ class TrainingLoop:
             step=step,
             tokens_per_step=training.tokens_per_step,
         )
-        if self.gate is not None:
-            # For the held-out documents, which were read before.
-            self.gate.arrive(-1)
-            self.gate.opens(-1, lambda: False)
         stopped = False
         steps = range(step, training.num_steps)
         with Prefetch(self.batches_of, steps, depth=PREFETCH_STEPS, interrupt=self.give_up_waiting) as batches:
@@ -172,18 +163,21 @@ class TrainingLoop:
             if self.gate is not None:
                 self.gate.arrive(step)
 
-    def data_gate(self) -> DataGate | None:
-        """What ranks meet at before every step, where sources are in a storage that archives."""
-        datasets = [self.job.datasets[name] for name in self.job.training.sources]
-        if not any(dataset.archive for dataset in datasets):
-            return None
-        return DataGate(
-            default_store(),
-            name=self.job.name,
-            place=self.context.place,
-            waits_for=lambda: next((dataset.waits_for for dataset in datasets if dataset.waits_for), None),
-            say=lambda text: self.message("info", text),
-        )
+    def held_out_text(self) -> dict[str, list[Batch]]:
+        """This rank's share of the held-out documents that are scored, by source."""
+        training, place = self.job.training, self.engine.coordinate
+        return {
+            name: held_out_batches(
+                dataset,
+                tokens=training.validation_tokens,
+                sequence_length=training.sequence_length,
+                micro_batch=training.micro_batch,
+                data_rank=place.data,
+                data_size=self.engine.mesh.data,
+            )
+            for name, dataset in self.job.datasets.items()
+            if name in training.sources
+        }
 
     def give_up_waiting(self) -> None:
         """Let the thread that makes batches end, which may wait for an archived shard."""

@@ -26,7 +26,7 @@ from data.storage import ArchivedObjectError, Store
 from data.stream import Stream, StreamSpec
 from data.thaw import needs_of, plan_of, request_all
 from data.writer import DatasetFacts, DatasetWriter
-from train.data_gate import DataGate
+from train.data_gate import DataGate, Reading, StoppedWaitingError
 from train.worker import Place
 
 LOCATION = "s3://cold/set"
@@ -139,18 +139,20 @@ class Ranks:
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(lambda rank: self.run_rank(rank, num_steps), range(2)))
 
-    def run_rank(self, rank: int, num_steps: int) -> tuple[int, list[np.ndarray]]:
-        dataset, taken = self.datasets[rank], []
-        stream = stream_over(dataset)
-        place = Place(rank=rank, world_size=2, local_rank=rank, ranks_on_node=2, master_address="", master_port=0)
-        gate = DataGate(
+    def gate(self, rank: int) -> DataGate:
+        return DataGate(
             self.store,
             name="stage",
-            place=place,
-            waits_for=lambda: dataset.waits_for,
+            place=Place(rank=rank, world_size=2, local_rank=rank, ranks_on_node=2, master_address="", master_port=0),
+            waits_for=lambda: self.datasets[rank].waits_for,
             say=self.said.append,
             quiet_seconds=0.1,
         )
+
+    def run_rank(self, rank: int, num_steps: int) -> tuple[int, list[np.ndarray]]:
+        dataset, taken = self.datasets[rank], []
+        stream = stream_over(dataset)
+        gate = self.gate(rank)
 
         def make(step: int) -> np.ndarray:
             try:
@@ -199,7 +201,7 @@ def test_all_ranks_wait_for_a_shard_outside_of_collectives_and_go_on(cold: str) 
     for step in range(num_steps):
         assert np.array_equal(np.concatenate([rows[0][step], rows[1][step]]), expected.rows(step, 0, 4))
     assert any(re.search(r"waits for s3://cold/set/train/shards/0000000\d\.arrow", text) for text in ranks.said)
-    assert any("training goes on" in text for text in ranks.said)
+    assert any("the run goes on" in text for text in ranks.said)
 
 
 def test_a_run_that_waits_for_a_shard_stops_when_asked(cold: str) -> None:
@@ -212,6 +214,37 @@ def test_a_run_that_waits_for_a_shard_stops_when_asked(cold: str) -> None:
     assert time.monotonic() - started < 30
     # Later reads wait again, here until somebody else has asked often enough.
     assert all(dataset.waits_for is None for dataset in ranks.datasets)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_is_read_besides_training_steps_is_waited_for_as_well(cold: str, stops: bool) -> None:
+    archive_anew(cold)
+    ranks = Ranks(cold, poll_seconds=3600.0 if stops else 0.2)
+    ranks.collective = threading.Barrier(2, timeout=0.5)
+
+    def run_rank(rank: int) -> np.ndarray | None:
+        dataset = ranks.datasets[rank]
+        reading = Reading(ranks.gate(rank), name="prune", datasets=[dataset], asked_to_stop=ranks.stop.is_set)
+        reading.of_all_ranks(lambda: None)
+        try:
+            # The first rank has nothing to wait for, the second a token of an archived shard.
+            tokens = reading.of_all_ranks(lambda: dataset.tokens("train", 4 * 4 * 256 * rank, 65))
+        except StoppedWaitingError:
+            return None
+        ranks.collective.wait()
+        return tokens
+
+    started = time.monotonic()
+    action = ranks.stop.set if stops else lambda: restores_take(cold, 1)
+    threading.Timer(1.5, action).start()
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(run_rank, range(2)))
+    assert time.monotonic() - started > 1
+    if stops:
+        assert rows == [None, None]
+    else:
+        assert [len(row) for row in rows] == [65, 65]
+        assert any(text.startswith("stage prune waits for s3://cold/set/train/shards/00000004") for text in ranks.said)
 
 
 def test_requesting_twice_asks_once(cold: str) -> None:
