@@ -19,6 +19,8 @@ from conf.schema import (
     RecoverStage,
     SpecialiseStage,
 )
+from data.shards import Dataset
+from parallel.groups import default_store
 from recipes.chain import is_here
 from recipes.control import train_control
 from recipes.distill import distill
@@ -30,9 +32,9 @@ from recipes.prune import prune
 from recipes.quantise import quantise
 from recipes.recover import recover
 from recipes.specialise import specialise
-from recipes.stage import StageInput, StageOutput, open_datasets, reading_of
+from recipes.stage import StageInput, StageOutput, open_datasets
 from recipes.stage_models import passes_on
-from train.data_gate import StoppedWaitingError
+from train.data_gate import Reading, StoppedWaitingError, data_gate
 from train.metrics import MetricsWriter
 from train.rundir import StageResult
 from train.worker import RankContext, RankOutcome
@@ -70,6 +72,18 @@ def run_stages(context: RankContext) -> RankOutcome:
         if result.checkpoint is not None and result.passes_on:
             incoming = Path(result.checkpoint)
     return "finished"
+
+
+def reading_of(context: RankContext, name: str, datasets: dict[str, Dataset]) -> Reading:
+    """How a stage reads what is not read step by step."""
+
+    def say(text: str) -> None:
+        if context.is_first:
+            MetricsWriter(context.run.metrics_file).write("message", level="info", text=text)
+
+    all_of_them = list(datasets.values())
+    gate = data_gate(default_store(), f"{name}/reading", all_of_them, place=context.place, say=say)
+    return Reading(gate, name=name, datasets=all_of_them, asked_to_stop=context.run.stop_file.exists)
 
 
 def run_stage(given: StageInput) -> StageOutput:

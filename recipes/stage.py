@@ -12,7 +12,7 @@ from data.archive import Archive
 from data.shards import Access, Dataset
 from data.tiers import open_tiers
 from train.checkpoint import Checkpoint, Parent
-from train.data_gate import Reading, data_gate
+from train.data_gate import Reading
 from train.metrics import MetricsWriter
 from train.rundir import RunDir
 from train.worker import RankContext, RankOutcome
@@ -108,18 +108,6 @@ def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
         archive = Archive(path, data.storage) if path.startswith("s3://") else None
         datasets[name] = Dataset.open(path, Access(storage=data.storage, tiers=tiers, archive=archive))
     return datasets
-
-
-def reading_of(context: RankContext, name: str, datasets: dict[str, Dataset]) -> Reading:
-    """How a stage reads what is not read step by step."""
-
-    def say(text: str) -> None:
-        if context.is_first:
-            MetricsWriter(context.run.metrics_file).write("message", level="info", text=text)
-
-    all_of_them = list(datasets.values())
-    gate = data_gate(f"{name}/reading", all_of_them, place=context.place, say=say)
-    return Reading(gate, name=name, datasets=all_of_them, asked_to_stop=context.run.stop_file.exists)
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:

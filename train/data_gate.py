@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from data.prefetch import Prefetch
 from data.shards import Dataset
-from parallel.groups import default_store
 from train.worker import Place
 
 if TYPE_CHECKING:
@@ -178,12 +177,14 @@ class Reading:
             dataset.give_up()
 
 
-def data_gate(name: str, datasets: Sequence[Dataset], *, place: Place, say: Callable[[str], None]) -> DataGate | None:
+def data_gate(
+    store: Store, name: str, datasets: Sequence[Dataset], *, place: Place, say: Callable[[str], None]
+) -> DataGate | None:
     """What ranks meet at, where a dataset is in a storage that archives; each use has a name of its own."""
     if not any(dataset.archive for dataset in datasets):
         return None
     return DataGate(
-        default_store(),
+        store,
         name=name,
         place=place,
         waits_for=lambda: next((dataset.waits_for for dataset in datasets if dataset.waits_for), None),

@@ -19,6 +19,7 @@ from data.shards import Dataset
 from data.stream import stream_of_stage
 from parallel import device
 from parallel.engine import Engine, Objective, StepResult, TensorSource
+from parallel.groups import default_store
 from parallel.loss import CrossEntropy
 from train.checkpoint import Checkpoint, checkpoint_name
 from train.data_gate import DataGate, Reading, data_gate
@@ -90,6 +91,7 @@ class TrainingLoop:
         )
         self.held_out: dict[str, list[Batch]] = job.reading.of_all_ranks(self.held_out_text)
         self.gate: DataGate | None = data_gate(
+            default_store(),
             job.name,
             [job.datasets[name] for name in training.sources],
             place=context.place,

@@ -72,6 +72,7 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         writer.finish(num_duplicates=0, inputs=[])
         for name in ARCHIVED:
             source = {"Bucket": "cold", "Key": f"set/{name}"}
+            client.copy_object(Bucket="cold", Key=f"kept/{name}", CopySource=source)
             client.copy_object(Bucket="cold", Key=f"set/{name}", CopySource=source, StorageClass="DEEP_ARCHIVE")
         restores_take(endpoint, looks=3)
         yield endpoint
@@ -179,7 +180,7 @@ def archive_anew(endpoint: str) -> None:
     client = boto3.client("s3", endpoint_url=endpoint)
     for name in ARCHIVED:
         key = {"Bucket": "cold", "Key": f"set/{name}"}
-        content = client.get_object(**key)["Body"].read()
+        content = client.get_object(Bucket="cold", Key=f"kept/{name}")["Body"].read()
         client.delete_object(**key)
         client.put_object(**key, Body=content, StorageClass="DEEP_ARCHIVE")
         # Moto takes an object as restored until it was looked at this often, and only then as being restored.

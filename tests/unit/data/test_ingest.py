@@ -222,10 +222,11 @@ def write_run(run: Path, dataset: Dataset, num_steps: int) -> tuple[Path, Callab
     training = replace(
         stage.training,
         mixture={"business": 1.0},
-        sequence_length=50,
-        global_batch=2,
+        mixture_changes=(),
+        sequence_length=200,
+        global_batch=4,
         micro_batch=1,
-        num_steps=num_steps,
+        tokens=num_steps * 800,
     )
     sources = {"business": SourceConfig(path=dataset.path)}
     config = replace(
