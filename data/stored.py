@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from conf.errors import DataError
 from data.index import PART_SHARDS, SPLITS, BlockRef
-from data.storage import MissingObjectError, Store
+from data.storage import ArchivedObjectError, MissingObjectError, Store
 
 if TYPE_CHECKING:
     from data.shards import Dataset
@@ -55,6 +55,9 @@ def _check_schema(store: Store, block: BlockRef, schema: pa.Schema) -> None:
     try:
         header = store.read(block.path, 8, block.start - 8)
         found = pa.ipc.read_schema(pa.py_buffer(header))
+    except ArchivedObjectError:
+        # It is restored when it is needed, and its blocks are checked as they are decoded.
+        return
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
     if not found.equals(schema):
