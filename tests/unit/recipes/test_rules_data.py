@@ -17,6 +17,8 @@ def test_unknown_schemes_are_told():
     assert_told(
         changed(config, data__sources__business=source), "data.sources.business.path", "unknown scheme", "s3://"
     )
+    source = SourceConfig(path="kafka://host:9092/business")
+    assert_told(changed(config, data__sources__business=source), "data.sources.business.path", "data.prepare")
 
 
 def test_a_tier_smaller_than_the_working_set_is_told():
