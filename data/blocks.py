@@ -1,4 +1,4 @@
-"""A block by its reference: from the fastest tier that has it, else from storage; checked against its hash always."""
+"""Blocks by their references: from the fastest tier that has them, else from storage; always held against their hashes."""
 
 from __future__ import annotations
 
@@ -34,27 +34,42 @@ class BlockReader:
         self._store = store
         self._on_archived = on_archived
 
-    def read(self, block: BlockRef) -> memoryview:
-        """The bytes of a block.
+    def read(self, blocks: Sequence[BlockRef], lease: str) -> list[memoryview]:
+        """The bytes of blocks, those that lie one after another in a shard by one request.
+
+        Args:
+            blocks: in the order they are stored in.
+            lease: what tiers shared by processes know these blocks by while they are fetched; the same for all who may
+                fetch one of them at the same time.
 
         Raises:
-            ArchivedObjectError: its shard must be restored first.
-            DataError: it cannot be read, or is damaged where it is stored; names the shard.
+            ArchivedObjectError: a shard must be restored first.
+            DataError: one cannot be read, or is damaged where it is stored; names the shard.
         """
-        key = block.digest.hex()
-        content = self._from_tiers(self.tiers, block, key)
-        if content is not None:
-            return content
-        with self._lease(key):
-            # Whoever held the lease before may have fetched it.
-            shared = [tier for tier in self.tiers if tier.name == "disk"]
-            content = self._from_tiers(shared, block, key, count=False) or self._from_storage(block)
-            for tier in self.tiers:
-                tier.put(key, content)
-        return content
+        found: dict[BlockRef, memoryview] = {}
+        self._find(self.tiers, blocks, found)
+        if len(found) < len(blocks):
+            with self._lease(lease):
+                # Whoever held the lease before may have fetched them.
+                self._find([tier for tier in self.tiers if tier.name == "disk"], blocks, found, count=False)
+                for run in _runs([block for block in blocks if block not in found]):
+                    for block, content in zip(run, self._from_storage(run), strict=True):
+                        found[block] = content
+                        for tier in self.tiers:
+                            tier.put(block.digest.hex(), content)
+        return [found[block] for block in blocks]
 
     def _lease(self, key: str) -> AbstractContextManager[object]:
         return next((tier.lease(key) for tier in self.tiers if tier.name == "disk"), nullcontext())
+
+    def _find(
+        self, tiers: Sequence[Tier], blocks: Sequence[BlockRef], found: dict[BlockRef, memoryview], *, count: bool = True
+    ) -> None:
+        for block in blocks if tiers else ():
+            if block not in found:
+                content = self._from_tiers(tiers, block, block.digest.hex(), count=count)
+                if content is not None:
+                    found[block] = content
 
     def _from_tiers(self, tiers: Sequence[Tier], block: BlockRef, key: str, *, count: bool = True) -> memoryview | None:
         for place, tier in enumerate(tiers):
@@ -78,14 +93,17 @@ class BlockReader:
                 return content
         return None
 
-    def _from_storage(self, block: BlockRef) -> memoryview:
-        for _ in range(REREADS):
-            try:
-                content = self._store.read(block.path, block.start, block.num_bytes)
-            except ArchivedObjectError:
-                if self._on_archived is not None:
-                    self._on_archived(block.path)
-                raise
+    def _from_storage(self, run: Sequence[BlockRef]) -> list[memoryview]:
+        """Blocks that lie one after another."""
+        first = run[0].start
+        content = self._asked(run[0].path, first, run[-1].start + run[-1].num_bytes - first)
+        parts = [content[block.start - first :][: block.num_bytes] for block in run]
+        return [self._intact(part, block) for part, block in zip(parts, run, strict=True)]
+
+    def _intact(self, content: memoryview, block: BlockRef) -> memoryview:
+        for attempt in range(REREADS):
+            if attempt:
+                content = self._asked(block.path, block.start, block.num_bytes)
             if _is_intact(content, block):
                 return content
             self.num_damaged += 1
@@ -94,6 +112,26 @@ class BlockReader:
             f"{block.start + block.num_bytes} have another hash than the index says, {REREADS} times). "
             "Copy it again, or delete and prepare the dataset."
         )
+
+    def _asked(self, path: str, start: int, num_bytes: int) -> memoryview:
+        try:
+            return self._store.read(path, start, num_bytes)
+        except ArchivedObjectError:
+            if self._on_archived is not None:
+                self._on_archived(path)
+            raise
+
+
+def _runs(blocks: Sequence[BlockRef]) -> list[list[BlockRef]]:
+    """Blocks, with those together that lie one after another in a shard."""
+    runs: list[list[BlockRef]] = []
+    for block in blocks:
+        last = runs[-1][-1] if runs else None
+        if last is not None and last.path == block.path and last.start + last.num_bytes == block.start:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs
 
 
 def _is_intact(content: memoryview, block: BlockRef) -> bool:

@@ -34,6 +34,9 @@ from data.tables import numbers, read_table
 FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
 PART_SHARDS = 1024
+GROUP_BLOCKS = 4
+"""Neighbouring blocks that are read by one request where they are needed together: a request costs the reader as much
+CPU as receiving half of a block."""
 FORGOTTEN_ID = "(forgotten)"
 """Stands for a document that was taken out; its tokens are all end-of-text."""
 

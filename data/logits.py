@@ -311,7 +311,7 @@ class StoredLogits:
 
     def _decoded(self, sample: int) -> tuple[Ids, Floats]:
         manifest, ref = self.manifest, self._ref(sample)
-        content = self._reader.read(ref)
+        (content,) = self._reader.read([ref], ref.digest.hex())
         try:
             batch = pa.ipc.read_record_batch(pa.py_buffer(content), manifest.schema)
             shape = (manifest.tokens, manifest.top_k)

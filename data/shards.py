@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import zstandard
 
 from conf.errors import DataError
 from conf.schema import StorageConfig
 from data.archive import Archive
 from data.blocks import BlockReader
 from data.index import (
+    GROUP_BLOCKS,
     MANIFEST_NAME,
     PART_SHARDS,
     SPLITS,
@@ -34,17 +37,13 @@ from data.index import (
 )
 from data.storage import ArchivedObjectError, MissingObjectError, Store
 from data.stored import check_stored
-from data.tables import numbers, read_table
+from data.tables import only_column, read_table
 from data.tiers import Tier
 
 CACHE_BYTES = 256 << 20
 NUM_READERS = 8
 NUM_PARTS = 24
 """Parts of the index kept in memory; more than a shuffle draws from at a time."""
-
-DECODING = pa.ipc.IpcReadOptions(use_threads=False)
-"""In the thread that reads, into memory of the system's allocator: Arrow's own gives freed blocks back to the system
-and takes huge pages for the next, whose zeroing costs more than decoding; most so when blocks are read now and then."""
 
 Tokens = npt.NDArray[np.uint16 | np.uint32]
 
@@ -102,8 +101,8 @@ class Dataset:
         self._roots = roots
         self._parts: OrderedDict[tuple[Split, int], Part] = OrderedDict()
         self._schema = pa.schema([pa.field("tokens", manifest.token_type, nullable=False)])
-        self._schema_message = self._schema.serialize().to_pybytes()
-        self._block_bytes: int = (manifest.block_tokens + 1) * self._schema.field(0).type.bit_width // 8
+        self._token_type = np.dtype(f"u{manifest.token_type.bit_width // 8}")
+        self._block_bytes = (manifest.block_tokens + 1) * self._token_type.itemsize
         self._cache_bytes = access.cache_bytes
         self._blocks: OrderedDict[tuple[Split, int], Future[Tokens]] = OrderedDict()
         self._lock = threading.Lock()
@@ -197,11 +196,8 @@ class Dataset:
         key = (split, number)
         while True:
             with self._lock:
-                future = self._blocks.get(key)
-                if future is None:
-                    future = self._begin(key)
-                else:
-                    self._blocks.move_to_end(key)
+                self._begin(split, [number])
+                future = self._blocks[key]
             try:
                 return future.result()
             except BaseException as error:
@@ -213,13 +209,14 @@ class Dataset:
             self._thaw(self.archive, self._block_ref(split, number).path)
 
     def expect(self, split: Split, numbers: Iterable[int]) -> None:
-        """Begin to read blocks that will be asked for; what was asked for longest ago is dropped for them."""
+        """Begin to read blocks that will be asked for; what was asked for longest ago is dropped for them.
+
+        Args:
+            split: they are of.
+            numbers: ascending. Those of a group of `GROUP_BLOCKS` are read together.
+        """
         with self._lock:
-            for number in numbers:
-                if (split, number) in self._blocks:
-                    self._blocks.move_to_end((split, number))
-                else:
-                    self._begin((split, number))
+            self._begin(split, numbers)
 
     def tokens(self, split: Split, start: int, count: int) -> Tokens:
         """Tokens [start, start + count) of a split's documents one after another.
@@ -339,13 +336,23 @@ class Dataset:
         """End the threads that read."""
         self.give_up()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            for future in self._blocks.values():
+                future.cancel()
 
-    def _begin(self, key: tuple[Split, int]) -> Future[Tokens]:
-        """Begin to read a block; called under the lock."""
-        future = self._blocks[key] = self._pool.submit(self._decoded, *key)
-        if len(self._blocks) > max(2, self._cache_bytes // self._block_bytes):
-            self._blocks.popitem(last=False)[1].cancel()
-        return future
+    def _begin(self, split: Split, numbers: Iterable[int]) -> None:
+        """Begin to read blocks that are not there; called under the lock."""
+        groups: dict[int, dict[int, Future[Tokens]]] = {}
+        for number in numbers:
+            if (split, number) in self._blocks:
+                self._blocks.move_to_end((split, number))
+                continue
+            future: Future[Tokens] = Future()
+            self._blocks[split, number] = groups.setdefault(number // GROUP_BLOCKS, {})[number] = future
+            if len(self._blocks) > max(2, self._cache_bytes // self._block_bytes):
+                self._blocks.popitem(last=False)[1].cancel()
+        for futures in groups.values():
+            self._pool.submit(self._read, split, futures)
 
     def _thaw(self, archive: Archive, path: str) -> None:
         with self._lock:
@@ -361,25 +368,39 @@ class Dataset:
         shard, block = divmod(number, self.manifest.shard_blocks)
         return self.part(split, shard // PART_SHARDS).block(shard % PART_SHARDS, block)
 
-    def _decoded(self, split: Split, number: int) -> Tokens:
-        ref = self._block_ref(split, number)
-        content = self.reader.read(ref)
-        name = self.store.name_of(ref.path)
+    def _read(self, split: Split, futures: dict[int, Future[Tokens]]) -> None:
+        """Read blocks of a group, but those that were dropped meanwhile."""
+        running = {number: future for number, future in futures.items() if future.set_running_or_notify_cancel()}
+        if running:
+            self._fulfil(split, running)
+
+    def _fulfil(self, split: Split, futures: dict[int, Future[Tokens]]) -> None:
         try:
-            stream = pa.py_buffer(b"".join([self._schema_message, content]))
-            reader = pa.ipc.open_stream(stream, options=DECODING, memory_pool=pa.system_memory_pool())
-            column = reader.read_next_batch().column(0)
-            if column.null_count:
-                raise ValueError("a token is missing")
-            tokens: Tokens = numbers(column)
-        except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
-            raise DataError(f"{name}: not a shard ({error}). Prepare the dataset anew.") from error
-        left = self.num_tokens(split) - number * self.manifest.block_tokens
-        wanted = min(left, self.manifest.block_tokens + 1)
-        if len(tokens) != wanted or int(tokens.max()) >= self.manifest.vocab_size:
+            lease = self._block_ref(split, min(futures) // GROUP_BLOCKS * GROUP_BLOCKS).digest.hex()
+            refs = [self._block_ref(split, number) for number in futures]
+            contents = self.reader.read(refs, lease)
+        except BaseException as error:  # handed to whoever waits, whatever it is
+            for number, future in futures.items():
+                if len(futures) == 1:
+                    future.set_exception(error)
+                else:
+                    # Alone, so that nobody gets the error of another block.
+                    self._fulfil(split, {number: future})
+            return
+        for (number, future), ref, content in zip(futures.items(), refs, contents, strict=True):
+            try:
+                future.set_result(self._decoded(split, number, ref, content))
+            except DataError as error:
+                future.set_exception(error)
+
+    def _decoded(self, split: Split, number: int, ref: BlockRef, content: memoryview) -> Tokens:
+        name = self.store.name_of(ref.path)
+        wanted = min(self.num_tokens(split) - number * self.manifest.block_tokens, self.manifest.block_tokens + 1)
+        try:
+            tokens: Tokens = only_column(content, self._token_type, wanted)
+            if int(tokens.max()) >= self.manifest.vocab_size:
+                raise ValueError(f"token {tokens.max()}, and all are below {self.manifest.vocab_size}")
+        except (ValueError, struct.error, zstandard.ZstdError) as error:
             block = number % self.manifest.shard_blocks
-            raise DataError(
-                f"{name}: block {block} has {len(tokens)} tokens, the largest {tokens.max()}; the index says {wanted}, "
-                f"and tokens are below {self.manifest.vocab_size}. Prepare the dataset anew."
-            )
+            raise DataError(f"{name}: not a shard (block {block}: {error}). Prepare the dataset anew.") from error
         return tokens

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from conf.errors import DataError, UserError
 from conf.schema import RunConfig, ShuffleConfig, TrainingConfig
 from data.batch import Batch, positions_in_documents
-from data.index import PART_SHARDS
+from data.index import GROUP_BLOCKS, PART_SHARDS
 from data.mix import MixtureSchedule, num_lanes_of
 from data.order import BlockShuffle, Indices, distinct, key_of
 from data.shards import Dataset, Tokens
@@ -101,6 +101,10 @@ class _Source:
         return self.shuffle.num_runs * self.shuffle.run_samples
 
 
+Place = tuple[int, int]
+"""A source, and the number of a block or of a group of blocks in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """Places of the samples of some steps, rows of one data rank: arrays of shape (steps, rows)."""
@@ -108,8 +112,14 @@ class _Plan:
     first_step: int
     sources: Indices
     first_tokens: Indices
-    needed: list[list[tuple[int, int]]]
-    """For each step the blocks, as (source, block), that no step of the plan before it needs."""
+    needed: list[list[Place]]
+    """For each step the blocks that no step of the plan before it needs."""
+    groups: dict[Place, dict[int, int]]
+    """Blocks that lie together and were not asked for yet, by source and group: block -> first step that needs it."""
+    ahead: list[int] = field(default_factory=list)
+    """For each block that was asked for before it was needed, the step that needs it."""
+    held: dict[Place, memoryview] = field(default_factory=dict)
+    """Tokens of the blocks that steps of the plan have read from."""
 
 
 class Stream:
@@ -137,10 +147,11 @@ class Stream:
                 raise DataError(f"the mixture names source '{name}'; there is: {', '.join(sorted(datasets))}.")
             self._sources.append(_Source(name, datasets[name], spec, self.num_lanes))
         ends = {source.dataset.end_of_text_id for source in self._sources}
-        assert len(ends) == 1, "the sources of a run share a tokenizer"
+        assert len(ends) == 1, "the sources of a run share a tokenizer, and so the type of tokens"
         (self._end_of_text_id,) = ends
+        (token_bits,) = {source.dataset.manifest.token_type.bit_width for source in self._sources}
+        self._token_type = np.dtype(f"u{token_bits // 8}")
         self._plan: tuple[tuple[int, int], _Plan] | None = None
-        self._expected = 0
         self._check_epochs()
 
     def samples_in_epoch(self, source: str) -> int:
@@ -186,9 +197,9 @@ class Stream:
             DataError: a shard is missing or damaged.
         """
         plan = self._planned(step, first_row, num_rows)
-        self._read_ahead(plan, step - plan.first_step)
         place = step - plan.first_step
-        return self._gathered(plan.sources[place], plan.first_tokens[place])
+        self._read_ahead(plan, place)
+        return self._gathered(plan.sources[place], plan.first_tokens[place], plan.held)
 
     def windows(self, ids: Indices) -> npt.NDArray[np.int64]:
         """Tokens of samples, shape (N, sequence_length + 1).
@@ -197,7 +208,7 @@ class Stream:
             DataError: a shard is missing or damaged.
         """
         sources, _, first_tokens = self._locate(ids)
-        return self._gathered(sources, first_tokens).astype(np.int64)
+        return self._gathered(sources, first_tokens, {}).astype(np.int64)
 
     def documents(self, step: int) -> dict[int, list[str]]:
         """Names of the documents each sample of a step shows, by sample id."""
@@ -274,59 +285,73 @@ class Stream:
         ids = first + np.arange(first_row, first_row + num_rows, dtype=np.int64)
         sources, _, first_tokens = self._locate(ids.reshape(-1))
         sources, first_tokens = sources.reshape(steps, num_rows), first_tokens.reshape(steps, num_rows)
-        seen: set[tuple[int, int]] = set()
-        needed = []
+        needed: list[list[Place]] = []
+        groups: dict[Place, dict[int, int]] = {}
         for place in range(steps):
-            fresh = [block for block in self._blocks_of(sources[place], first_tokens[place]) if block not in seen]
-            seen.update(fresh)
+            fresh = []
+            for source, block in self._blocks_of(sources[place], first_tokens[place]):
+                group = groups.setdefault((source, block // GROUP_BLOCKS), {})
+                if block not in group:
+                    group[block] = place
+                    fresh.append((source, block))
             needed.append(fresh)
-        plan = _Plan(step, sources, first_tokens, needed)
+        plan = _Plan(step, sources, first_tokens, needed, groups)
         for source in self._sources:
-            ahead = self.spec.shuffle.readahead_blocks * source.dataset.block_bytes
+            ahead = (self.spec.shuffle.readahead_blocks + GROUP_BLOCKS) * source.dataset.block_bytes
             source.dataset.keep(2 * self.working_set_bytes(num_rows) + ahead)
-        self._plan, self._expected = (key, plan), 0
+        self._plan = (key, plan)
         return plan
 
-    def _blocks_of(self, sources: Indices, first_tokens: Indices) -> list[tuple[int, int]]:
-        """Blocks these samples need, as (source, number), each once, in order of first need."""
-        found: dict[tuple[int, int], None] = {}
+    def _blocks_of(self, sources: Indices, first_tokens: Indices) -> list[Place]:
+        """Blocks these samples need, each once, in order of first need."""
+        found: dict[Place, None] = {}
+        sizes = [source.dataset.manifest.block_tokens for source in self._sources]
+        further = self.spec.sequence_length - 1
         for source, first in zip(sources.tolist(), first_tokens.tolist(), strict=True):
-            size = self._sources[source].dataset.manifest.block_tokens
-            for block in range(first // size, (first + self.spec.sequence_length - 1) // size + 1):
+            block, last = first // sizes[source], (first + further) // sizes[source]
+            found[source, block] = None
+            while block < last:
+                block += 1
                 found[source, block] = None
         return list(found)
 
     def _read_ahead(self, plan: _Plan, place: int) -> None:
-        """Ask for the blocks of this step, and of later ones within the budget."""
-        self._expected = max(self._expected, place)
-        ahead = sum(len(fresh) for fresh in plan.needed[place + 1 : self._expected])
-        while self._expected < len(plan.needed):
-            fresh = plan.needed[self._expected]
-            if self._expected > place:
-                ahead += len(fresh)
-                if ahead > self.spec.shuffle.readahead_blocks:
-                    return
-            for source, block in fresh:
-                self._sources[source].dataset.expect("train", [block])
-            self._expected += 1
+        """Ask for the blocks of this step, and of later ones within the budget.
 
-    def _gathered(self, sources: Indices, first_tokens: Indices) -> Tokens:
+        What this step waits for is asked for block by block, what has time together with its neighbours.
+        """
+        plan.ahead[:] = [first for first in plan.ahead if first > place]
+        for step in range(place, len(plan.needed)):
+            for source, block in plan.needed[step]:
+                group = plan.groups[source, block // GROUP_BLOCKS]
+                if block not in group:
+                    continue
+                if step > place and len(plan.ahead) >= self.spec.shuffle.readahead_blocks:
+                    return
+                asked = {block: group[block]} if step == place else dict(group)
+                plan.ahead.extend(first for first in asked.values() if first > place)
+                for each in asked:
+                    del group[each]
+                self._sources[source].dataset.expect("train", sorted(asked))
+
+    def _gathered(self, sources: Indices, first_tokens: Indices, held: dict[Place, memoryview]) -> Tokens:
+        """Tokens of samples, shape (N, sequence_length + 1); `held` gets the blocks they are in."""
         length = self.spec.sequence_length + 1
-        token_bytes = max(source.dataset.manifest.token_type.bit_width // 8 for source in self._sources)
-        windows: Tokens = np.empty((len(sources), length), f"u{token_bytes}")
-        held: dict[tuple[int, int], Tokens] = {}
         datasets = [source.dataset for source in self._sources]
         sizes = [dataset.manifest.block_tokens for dataset in datasets]
-        for row, (number, first) in enumerate(zip(sources.tolist(), first_tokens.tolist(), strict=True)):
+        windows = []
+        for number, first in zip(sources.tolist(), first_tokens.tolist(), strict=True):
             block, start = divmod(first, sizes[number])
             if start + length - 1 > sizes[number]:
-                windows[row] = datasets[number].tokens("train", first, length)
+                windows.append(memoryview(datasets[number].tokens("train", first, length)))
                 continue
             tokens = held.get((number, block))
             if tokens is None:
-                tokens = held[number, block] = datasets[number].block("train", block)
-            windows[row] = tokens[start : start + length]
-        return windows
+                tokens = held[number, block] = memoryview(datasets[number].block("train", block))
+            windows.append(tokens[start : start + length])
+        # One copy of all rows, which costs half of what assigning them one by one does.
+        rows: Tokens = np.frombuffer(b"".join(windows), self._token_type)
+        return rows.reshape(-1, length)
 
     def _batch(self, windows: Tokens, ids: Indices) -> Batch:
         tokens = windows[:, :-1].astype(np.int64)

@@ -110,7 +110,8 @@ class MemoryTier:
             self._forget(key)
             while self._bytes + len(content) > self._limit:
                 self._bytes -= len(self._kept.popitem(last=False)[1])
-            self._kept[key] = content
+            # A copy: it may be part of what was read at once, which would be kept with it.
+            self._kept[key] = memoryview(bytes(content))
             self._bytes += len(content)
 
     def drop(self, key: str) -> None:
