@@ -1,9 +1,10 @@
 """Shuffling without memory: seeded bijections on [0, n), computed position by position. Pure.
 
 `BlockShuffle` is the order of a source's samples. Samples that lie together form *runs*, as much as is read at once.
-Runs are dealt in random order to *lanes*, which are contiguous rows of the global batch; a lane mixes the samples of
-`window_runs` runs at a time. So a data rank reads only the runs of its own lanes and each of them once, while
-neighbours in a batch come from all over the dataset.
+Groups of neighbouring runs are dealt in random order to *lanes*, which are contiguous rows of the global batch, each
+run of a group to another lane; a lane mixes the samples of `window_runs` runs at a time. So a data rank reads only the
+runs of its own lanes and each of them once, a rank of several lanes reads several runs by one request, and neighbours
+in a batch come from all over the dataset.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class BlockShuffle:
         run_samples: samples of a run; `num_runs * run_samples` samples are seen once in every pass.
         window_runs: runs whose samples a lane mixes.
         num_lanes: the runs are dealt to.
+        group_runs: neighbouring runs that are dealt one after another, in turning order; at most `num_lanes`.
         near_runs: runs that are drawn from at a time, in stretches of `stretch_runs` from all over the source; bounds
             how much of the index has to be at hand. At least `num_runs` in all but the largest datasets.
         stretch_runs: runs that lie together.
@@ -86,6 +88,7 @@ class BlockShuffle:
     run_samples: int
     window_runs: int
     num_lanes: int
+    group_runs: int
     near_runs: int
     stretch_runs: int
     seed: int
@@ -117,21 +120,35 @@ class BlockShuffle:
 
     def _runs(self, places: Indices, epoch: int) -> Indices:
         """The runs at these places of a pass."""
-        num_near = min(self.near_runs, self.num_runs)
+        groups, inside = np.divmod(places, self.group_runs)
+        whole = self.num_runs // self.group_runs
+        # Runs that fill no group stay last.
+        dealt = groups < whole
+        groups[dealt] = self._groups(groups[dealt], whole, epoch)
+        if self.group_runs > 1:
+            # Else a lane would meet the same runs in every pass.
+            turns = mixed(groups.astype(np.uint64), key_of(self.seed, epoch, "turns")) % np.uint64(self.group_runs)
+            inside[dealt] = (inside[dealt] + turns[dealt].astype(np.int64)) % self.group_runs
+        return groups * self.group_runs + inside
+
+    def _groups(self, places: Indices, num_groups: int, epoch: int) -> Indices:
+        """The groups at these places of a pass."""
+        num_near = min(max(1, self.near_runs // self.group_runs), num_groups)
         nears, inside = np.divmod(places, num_near)
         spread = np.empty_like(places)
         for near in distinct(nears):
             rows = nears == near
-            size = min(num_near, self.num_runs - near * num_near)
+            size = min(num_near, num_groups - near * num_near)
             spread[rows] = near * num_near + permuted(inside[rows], size, key_of(self.seed, epoch, near))
-        if num_near == self.num_runs:
+        if num_near == num_groups:
             return spread
         # The last stretch is shorter than the others and stays last, so that the rest is a grid.
-        whole = self.num_runs // self.stretch_runs
-        stretches, inside = np.divmod(spread, self.stretch_runs)
+        stretch = max(1, self.stretch_runs // self.group_runs)
+        whole = num_groups // stretch
+        stretches, inside = np.divmod(spread, stretch)
         moved = stretches < whole
         stretches[moved] = permuted(stretches[moved], whole, key_of(self.seed, epoch, "stretches"))
-        return stretches * self.stretch_runs + inside
+        return stretches * stretch + inside
 
 
 def _scrambled(values: Keys, width: int, height: int, keys: Keys) -> Keys:

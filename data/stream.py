@@ -89,6 +89,7 @@ class _Source:
             run_samples=self.run_tokens // length,
             window_runs=1 if self.is_whole else max(1, spec.shuffle.window_blocks // self.run_blocks),
             num_lanes=num_lanes,
+            group_runs=1 if self.is_whole else _group_runs(num_lanes, self.run_blocks),
             near_runs=max(1, NEAR_PARTS * PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
             stretch_runs=max(1, PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
             seed=key_of(spec.seed, name),
@@ -114,6 +115,8 @@ class _Plan:
     first_tokens: Indices
     needed: list[list[Place]]
     """For each step the blocks that no step of the plan before it needs."""
+    is_first: bool
+    """Whether nothing was read before it."""
     groups: dict[Place, dict[int, int]]
     """Blocks that lie together and were not asked for yet, by source and group: block -> first step that needs it."""
     ahead: list[int] = field(default_factory=list)
@@ -295,7 +298,7 @@ class Stream:
                     group[block] = place
                     fresh.append((source, block))
             needed.append(fresh)
-        plan = _Plan(step, sources, first_tokens, needed, groups)
+        plan = _Plan(step, sources, first_tokens, needed, self._plan is None, groups)
         for source in self._sources:
             ahead = (self.spec.shuffle.readahead_blocks + GROUP_BLOCKS) * source.dataset.block_bytes
             source.dataset.keep(2 * self.working_set_bytes(num_rows) + ahead)
@@ -318,8 +321,9 @@ class Stream:
     def _read_ahead(self, plan: _Plan, place: int) -> None:
         """Ask for the blocks of this step, and of later ones within the budget.
 
-        What this step waits for is asked for block by block, what has time together with its neighbours.
+        Blocks are asked for together with their neighbours, but for those that the very first step waits for.
         """
+        is_urgent = plan.is_first and not place
         plan.ahead[:] = [first for first in plan.ahead if first > place]
         for step in range(place, len(plan.needed)):
             for source, block in plan.needed[step]:
@@ -328,7 +332,7 @@ class Stream:
                     continue
                 if step > place and len(plan.ahead) >= self.spec.shuffle.readahead_blocks:
                     return
-                asked = {block: group[block]} if step == place else dict(group)
+                asked = {block: group[block]} if is_urgent and step == place else dict(group)
                 plan.ahead.extend(first for first in asked.values() if first > place)
                 for each in asked:
                     del group[each]
@@ -421,3 +425,9 @@ def _run_blocks(length: int, block_tokens: int) -> int:
     while blocks * block_tokens % length > WASTE * blocks * block_tokens:
         blocks += 1
     return blocks
+
+
+def _group_runs(num_lanes: int, run_blocks: int) -> int:
+    """Runs read by one request: a power of two, to be a whole part of a shard; no more than lanes, which each get one."""
+    most = max(1, min(num_lanes, GROUP_BLOCKS // run_blocks))
+    return 1 << most.bit_length() - 1

@@ -63,7 +63,8 @@ def test_an_index_outside_is_refused(index: int) -> None:
 
 def shuffle_of(**changes: int) -> BlockShuffle:
     settings = {"num_runs": 480, "run_samples": 8, "window_runs": 32, "num_lanes": 4, "seed": 9}
-    return BlockShuffle(**{"near_runs": 10**9, "stretch_runs": 10**6, **settings, **changes})
+    groups = {"group_runs": 1 if changes.get("num_lanes") == 1 else 4}
+    return BlockShuffle(**{**groups, "near_runs": 10**9, "stretch_runs": 10**6, **settings, **changes})
 
 
 def seen(shuffle: BlockShuffle, per_lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -79,8 +80,9 @@ def seen(shuffle: BlockShuffle, per_lane: int) -> tuple[np.ndarray, np.ndarray, 
     "changes",
     [
         {},
-        {"num_runs": 3840, "run_samples": 1, "window_runs": 1},
+        {"num_runs": 3840, "run_samples": 1, "window_runs": 1, "group_runs": 1},
         {"near_runs": 100, "stretch_runs": 25},
+        {"near_runs": 100, "stretch_runs": 25, "group_runs": 1},
         {"num_runs": 470, "near_runs": 100, "stretch_runs": 25, "window_runs": 7, "num_lanes": 5},
     ],
     ids=str,
@@ -105,9 +107,20 @@ def test_a_lane_reads_each_run_within_one_window_and_no_other_lane_reads_it() ->
             assert len(set(lane_runs[start : start + window].tolist())) == 30
 
 
-def test_neighbours_are_nearly_as_far_apart_as_in_a_uniform_shuffle() -> None:
-    shuffle = shuffle_of(num_runs=4096, num_lanes=1)
-    _, samples, _ = seen(shuffle, 4096 * 8)
+def test_lanes_side_by_side_read_neighbours_and_other_ones_in_the_next_pass() -> None:
+    shuffle = shuffle_of(window_runs=30)
+    _, _, runs = seen(shuffle, 2 * 480 * 8 // 4)
+    in_window = 30 * 8
+    assert len({frozenset((lane[:in_window] // 4).tolist()) for lane in runs}) == 1
+    first, second = (set(runs[0, start : start + 960].tolist()) for start in (0, 960))
+    assert len(first) == len(second) == 120
+    assert 10 < len(first & second) < 60
+
+
+@pytest.mark.parametrize("num_lanes", [1, 4])
+def test_neighbours_are_nearly_as_far_apart_as_in_a_uniform_shuffle(num_lanes: int) -> None:
+    shuffle = shuffle_of(num_runs=4096, num_lanes=num_lanes)
+    _, samples, _ = seen(shuffle, 4096 * 8 // num_lanes)
     distance = np.abs(np.diff(samples[0])).mean() / (4096 * 8 / 3)
     assert 0.95 < distance < 1.03
 
