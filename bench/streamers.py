@@ -158,8 +158,10 @@ def read_ours(location: str, first: float, cache: str) -> Iterator[np.ndarray]:
     """Samples as 16-bit tokens, what the peers give."""
     stream = our_stream(location, cache)
     steps = stream.samples_in_epoch("bench") // BATCH
-    for step in range(int(steps * first), steps):
-        yield stream.rows(step, 0, BATCH)
+    try:
+        for step in range(int(steps * first), steps):
+            yield stream.rows(step, 0, BATCH)
+    finally:
         storage, _ = stream.counters()
         report(bytes_read=storage["bytes"], requests=storage["requests"])
 

@@ -1,4 +1,4 @@
-"""Blocks by their references: from the fastest tier that has them, else from storage; always held against their hashes."""
+"""Blocks by their references: from the fastest tier that has them, else from storage; each held against its hash."""
 
 from __future__ import annotations
 
@@ -46,13 +46,12 @@ class BlockReader:
             ArchivedObjectError: a shard must be restored first.
             DataError: one cannot be read, or is damaged where it is stored; names the shard.
         """
-        found: dict[BlockRef, memoryview] = {}
-        self._find(self.tiers, blocks, found)
-        if len(found) < len(blocks):
+        found = self._found(self.tiers, blocks)
+        if missing := [block for block in blocks if block not in found]:
             with self._lease(lease):
                 # Whoever held the lease before may have fetched them.
-                self._find([tier for tier in self.tiers if tier.name == "disk"], blocks, found, count=False)
-                for run in _runs([block for block in blocks if block not in found]):
+                found |= self._found([tier for tier in self.tiers if tier.name == "disk"], missing, count=False)
+                for run in _runs([block for block in missing if block not in found]):
                     for block, content in zip(run, self._from_storage(run), strict=True):
                         found[block] = content
                         for tier in self.tiers:
@@ -62,16 +61,15 @@ class BlockReader:
     def _lease(self, key: str) -> AbstractContextManager[object]:
         return next((tier.lease(key) for tier in self.tiers if tier.name == "disk"), nullcontext())
 
-    def _find(
-        self, tiers: Sequence[Tier], blocks: Sequence[BlockRef], found: dict[BlockRef, memoryview], *, count: bool = True
-    ) -> None:
-        for block in blocks if tiers else ():
-            if block not in found:
-                content = self._from_tiers(tiers, block, block.digest.hex(), count=count)
-                if content is not None:
-                    found[block] = content
+    def _found(
+        self, tiers: Sequence[Tier], blocks: Sequence[BlockRef], *, count: bool = True
+    ) -> dict[BlockRef, memoryview]:
+        """Those of the blocks that tiers have."""
+        contents = {block: self._from_tiers(tiers, block, count=count) for block in blocks}
+        return {block: content for block, content in contents.items() if content is not None}
 
-    def _from_tiers(self, tiers: Sequence[Tier], block: BlockRef, key: str, *, count: bool = True) -> memoryview | None:
+    def _from_tiers(self, tiers: Sequence[Tier], block: BlockRef, *, count: bool) -> memoryview | None:
+        key = block.digest.hex()
         for place, tier in enumerate(tiers):
             started = time.perf_counter()
             content = tier.get(key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -14,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import zstandard
 
 from conf.errors import DataError
 from conf.schema import StorageConfig
 from data.archive import Archive
 from data.blocks import BlockReader
+from data.decoder import Decoder
 from data.index import (
     GROUP_BLOCKS,
     MANIFEST_NAME,
@@ -37,10 +36,10 @@ from data.index import (
 )
 from data.storage import ArchivedObjectError, MissingObjectError, Store
 from data.stored import check_stored
-from data.tables import only_column, read_table
+from data.tables import read_table
 from data.tiers import Tier
 
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 64 << 20
 NUM_READERS = 8
 NUM_PARTS = 24
 """Parts of the index kept in memory; more than a shuffle draws from at a time."""
@@ -99,10 +98,11 @@ class Dataset:
         self.archive = access.archive
         self._given_up = threading.Event()
         self._roots = roots
-        self._parts: OrderedDict[tuple[Split, int], Part] = OrderedDict()
+        self._parts: OrderedDict[tuple[Split, int], Future[Part]] = OrderedDict()
         self._schema = pa.schema([pa.field("tokens", manifest.token_type, nullable=False)])
         self._token_type = np.dtype(f"u{manifest.token_type.bit_width // 8}")
         self._block_bytes = (manifest.block_tokens + 1) * self._token_type.itemsize
+        self._decoder = Decoder(manifest.block_tokens + 1, self._token_type)
         self._cache_bytes = access.cache_bytes
         self._blocks: OrderedDict[tuple[Split, int], Future[Tokens]] = OrderedDict()
         self._lock = threading.Lock()
@@ -307,16 +307,25 @@ class Dataset:
         """
         key = (split, number)
         with self._lock:
-            if key in self._parts:
+            future = self._parts.get(key)
+            is_new = future is None
+            if future is None:
+                future = self._parts[key] = Future()
+                if len(self._parts) > NUM_PARTS:
+                    self._parts.popitem(last=False)
+            else:
                 self._parts.move_to_end(key)
-                return self._parts[key]
-        name = part_name(split, number)
-        part = Part(bytes(self.store.read(name)), self._roots[split], split, number, self.store.name_of(name))
-        with self._lock:
-            self._parts[key] = part
-            while len(self._parts) > NUM_PARTS:
-                self._parts.popitem(last=False)
-        return part
+        if is_new:
+            # By the first who asks; at the start all readers do.
+            try:
+                name = part_name(split, number)
+                content = bytes(self.store.read(name))
+                future.set_result(Part(content, self._roots[split], split, number, self.store.name_of(name)))
+            except BaseException as error:  # handed to whoever waits, whatever it is
+                with self._lock:
+                    self._parts.pop(key, None)
+                future.set_exception(error)
+        return future.result()
 
     def check_stored(self) -> None:
         """Hold the shards of each split's first part against what is stored, by one listing.
@@ -397,10 +406,10 @@ class Dataset:
         name = self.store.name_of(ref.path)
         wanted = min(self.num_tokens(split) - number * self.manifest.block_tokens, self.manifest.block_tokens + 1)
         try:
-            tokens: Tokens = only_column(content, self._token_type, wanted)
+            tokens: Tokens = self._decoder.decode(content, wanted)
             if int(tokens.max()) >= self.manifest.vocab_size:
                 raise ValueError(f"token {tokens.max()}, and all are below {self.manifest.vocab_size}")
-        except (ValueError, struct.error, zstandard.ZstdError) as error:
+        except ValueError as error:
             block = number % self.manifest.shard_blocks
             raise DataError(f"{name}: not a shard (block {block}: {error}). Prepare the dataset anew.") from error
         return tokens

@@ -117,8 +117,29 @@ def test_a_block_is_read_without_copying_and_the_cache_is_bounded(tmp_path: Path
     one, again = dataset.tokens("train", 0, 50), dataset.tokens("train", 10, 50)
     assert np.shares_memory(one, again)
     assert not one.flags.writeable
+    before = one.copy()
     dataset.tokens("train", 0, dataset.num_tokens("train"))
     assert len(dataset._blocks) == 2
+    assert np.array_equal(one, before)
+
+
+def test_neighbours_are_one_request_and_have_errors_of_their_own(tmp_path: Path) -> None:
+    written = write_dataset(tmp_path / "set", 1500, shard_blocks=8)
+    ref = written.part("train", 0).block(0, 2)
+    before = written.store.counters.requests
+    written.expect("train", range(12))
+    expected = written.tokens("train", 0, 64 * 12)
+    assert written.store.counters.requests == before + 3
+    shard = tmp_path / "set" / ref.path
+    content = bytearray(shard.read_bytes())
+    content[ref.start + 100] ^= 1
+    shard.write_bytes(content)
+    damaged = Dataset.open(written.path)
+    damaged.expect("train", range(4))
+    for number in (0, 1, 3):
+        assert np.array_equal(damaged.tokens("train", number * 64, 64), expected[number * 64 :][:64])
+    with pytest.raises(DataError, match=f"bytes {ref.start} to {ref.start + ref.num_bytes} have another hash"):
+        damaged.tokens("train", 2 * 64, 64)
 
 
 def test_one_flipped_bit_is_noticed_and_the_shard_named(tmp_path: Path) -> None:
