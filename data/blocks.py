@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TypeVar
 
 import xxhash
 
@@ -14,7 +15,10 @@ from data.storage import ArchivedObjectError, Store
 from data.tiers import Tier
 
 REREADS = 4
-"""A block that arrives damaged is read again this often before its shard is called corrupt."""
+"""What arrives damaged is read this often before it is called damaged where it is stored."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 OnArchived = Callable[[str], None]
 """Told the name of an archived shard that was met; returns at once."""
@@ -118,6 +122,19 @@ class BlockReader:
             if self._on_archived is not None:
                 self._on_archived(path)
             raise
+
+
+def intact(read: Callable[[], R], parse: Callable[[R], T]) -> T:
+    """What `parse` makes of what is read; what it refuses is read again, for it may have been damaged on the way.
+
+    Raises:
+        DataError: that of the last attempt, or of reading.
+    """
+    for _ in range(REREADS - 1):
+        content = read()
+        with suppress(DataError):
+            return parse(content)
+    return parse(read())
 
 
 def _runs(blocks: Sequence[BlockRef]) -> list[list[BlockRef]]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from conf.errors import DataError
 from conf.schema import StorageConfig
 from data.archive import Archive
-from data.blocks import BlockReader
+from data.blocks import BlockReader, intact
 from data.decoder import Decoder
 from data.index import (
     GROUP_BLOCKS,
@@ -121,27 +121,35 @@ class Dataset:
         """
         access = access or Access()
         store = Store.open(location, access.storage)
+        names = (MANIFEST_NAME, *(root_name(split) for split in SPLITS))
+
+        def read() -> list[bytes]:
+            with ThreadPoolExecutor(len(names)) as pool:
+                return list(pool.map(lambda name: bytes(store.read(name)), names))
+
+        def opened(contents: list[bytes]) -> Dataset:
+            manifest = Manifest.from_json(contents[0], store.name_of(MANIFEST_NAME))
+            roots = {
+                split: Root(content, manifest, split, store.name_of(root_name(split)))
+                for split, content in zip(SPLITS, contents[1:], strict=True)
+            }
+            if identity_of(manifest, contents[1:]) != manifest.identity:
+                raise DataError(
+                    f"{store.name_of(root_name('train'))}: does not belong to the {MANIFEST_NAME} beside it (identity "
+                    f"{manifest.identity[:12]}...). One of the two was changed or copied from elsewhere: copy the "
+                    "dataset again or prepare it anew."
+                )
+            return cls(store, manifest, roots, access)
+
         try:
-            content = bytes(store.read(MANIFEST_NAME))
+            return intact(read, opened)
         except MissingObjectError:
+            if store.exists(MANIFEST_NAME):
+                raise
             raise DataError(
                 f"{location}: no dataset here (there is no {MANIFEST_NAME}; it is written last). "
                 "Make one with python -m data.prepare."
             ) from None
-        manifest = Manifest.from_json(content, store.name_of(MANIFEST_NAME))
-        with ThreadPoolExecutor(len(SPLITS)) as pool:
-            contents = list(pool.map(lambda split: bytes(store.read(root_name(split))), SPLITS))
-        roots = {
-            split: Root(content, manifest, split, store.name_of(root_name(split)))
-            for split, content in zip(SPLITS, contents, strict=True)
-        }
-        if identity_of(manifest, contents) != manifest.identity:
-            raise DataError(
-                f"{store.name_of(root_name('train'))}: does not belong to the {MANIFEST_NAME} beside it (identity "
-                f"{manifest.identity[:12]}...). One of the two was changed or copied from elsewhere: copy the dataset "
-                "again or prepare it anew."
-            )
-        return cls(store, manifest, roots, access)
 
     def __repr__(self) -> str:
         return f"Dataset({self.path}, {self.num_tokens('train')} training tokens)"
@@ -318,9 +326,7 @@ class Dataset:
         if is_new:
             # By the first who asks; at the start all readers do.
             try:
-                name = part_name(split, number)
-                content = bytes(self.store.read(name))
-                future.set_result(Part(content, self._roots[split], split, number, self.store.name_of(name)))
+                future.set_result(self._read_part(split, number))
             except BaseException as error:  # handed to whoever waits, whatever it is
                 with self._lock:
                     self._parts.pop(key, None)
@@ -348,6 +354,14 @@ class Dataset:
         with self._lock:
             for future in self._blocks.values():
                 future.cancel()
+
+    def _read_part(self, split: Split, number: int) -> Part:
+        name = part_name(split, number)
+        full_name = self.store.name_of(name)
+        return intact(
+            lambda: bytes(self.store.read(name)),
+            lambda content: Part(content, self._roots[split], split, number, full_name),
+        )
 
     def _begin(self, split: Split, numbers: Iterable[int]) -> None:
         """Begin to read blocks that are not there; called under the lock."""
