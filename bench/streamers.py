@@ -303,7 +303,8 @@ def measure(reader: str, location: str, part: str, cache: str) -> dict[str, floa
     if reader == "mosaic":
         stand_in_for_torchvision()
     own = {"litdata": ["torch", "litdata"], "mosaic": ["torch", "streaming"]}
-    for module in own.get(reader, ["obstore", "pyarrow", "botocore.session", "data.stream"]):
+    modules = own.get(reader, ["obstore", "pyarrow", "botocore.session", "data.stream"])
+    for module in ["torch", *modules] if part.startswith("workers") else modules:
         __import__(module)
     import_seconds = cpu_seconds()
     cpu, started = cpu_seconds(), time.perf_counter()

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 NUM_ROUNDS = 8
+WASTE = 0.01
+"""Share of tokens that may be left between the last sample of a run and its end."""
 
 Indices = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
@@ -149,6 +151,23 @@ class BlockShuffle:
         moved = stretches < whole
         stretches[moved] = permuted(stretches[moved], whole, key_of(self.seed, epoch, "stretches"))
         return stretches * stretch + inside
+
+
+def run_blocks_of(length: int, block_tokens: int) -> int:
+    """Blocks of a run: as few as hold whole samples of `length` tokens with little left over."""
+    blocks = -(-length // block_tokens)
+    while blocks * block_tokens % length > WASTE * blocks * block_tokens:
+        blocks += 1
+    return blocks
+
+
+def group_runs_of(num_lanes: int, most: int) -> int:
+    """Runs of a group: at most one a lane, and a power of two, so that groups fit into shards.
+
+    >>> [group_runs_of(lanes, 4) for lanes in (1, 2, 3, 4, 16)]
+    [1, 2, 2, 4, 4]
+    """
+    return 1 << max(1, min(num_lanes, most)).bit_length() - 1
 
 
 def _scrambled(values: Keys, width: int, height: int, keys: Keys) -> Keys:

@@ -18,7 +18,7 @@ from conf.schema import RunConfig, ShuffleConfig, TrainingConfig
 from data.batch import Batch, positions_in_documents
 from data.index import GROUP_BLOCKS, PART_SHARDS
 from data.mix import MixtureSchedule, num_lanes_of
-from data.order import BlockShuffle, Indices, distinct, key_of
+from data.order import BlockShuffle, Indices, distinct, group_runs_of, key_of, run_blocks_of
 from data.shards import Dataset, Tokens
 
 PLANNED_SAMPLES = 4096
@@ -26,8 +26,6 @@ PLANNED_SAMPLES = 4096
 SEARCHED_SAMPLES = 1 << 18
 NEAR_PARTS = 16
 """Parts of the index that a shuffle draws from at a time."""
-WASTE = 0.01
-"""Share of tokens that may be left between the last sample of a run and its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,14 +80,14 @@ class _Source:
             )
         window_blocks = num_lanes * spec.shuffle.window_blocks
         self.is_whole = num_tokens <= window_blocks * size
-        self.run_blocks = 1 if self.is_whole else _run_blocks(length, size)
+        self.run_blocks = 1 if self.is_whole else run_blocks_of(length, size)
         self.run_tokens = length if self.is_whole else self.run_blocks * size
         self.shuffle = BlockShuffle(
             num_runs=(num_tokens - 1) // self.run_tokens,
             run_samples=self.run_tokens // length,
             window_runs=1 if self.is_whole else max(1, spec.shuffle.window_blocks // self.run_blocks),
             num_lanes=num_lanes,
-            group_runs=1 if self.is_whole else _group_runs(num_lanes, self.run_blocks),
+            group_runs=1 if self.is_whole else group_runs_of(num_lanes, GROUP_BLOCKS // self.run_blocks),
             near_runs=max(1, NEAR_PARTS * PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
             stretch_runs=max(1, PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
             seed=key_of(spec.seed, name),
@@ -416,17 +414,3 @@ def mixtures_of(training: TrainingConfig) -> list[tuple[int, Mapping[str, float]
     for change in training.mixture_changes:
         mixtures.append((math.ceil(change.from_fraction * training.num_steps), change.mixture))
     return mixtures
-
-
-def _run_blocks(length: int, block_tokens: int) -> int:
-    """Blocks of a run: as few as hold whole samples with little left over."""
-    blocks = -(-length // block_tokens)
-    while blocks * block_tokens % length > WASTE * blocks * block_tokens:
-        blocks += 1
-    return blocks
-
-
-def _group_runs(num_lanes: int, run_blocks: int) -> int:
-    """Runs read by one request: a power of two, to lie in one shard; at most one a lane."""
-    most = max(1, min(num_lanes, GROUP_BLOCKS // run_blocks))
-    return 1 << most.bit_length() - 1
