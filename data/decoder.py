@@ -62,7 +62,7 @@ class Decoder:
         except IndexError:
             room = np.empty(self._size, self._dtype)
         # Through a memoryview, so that views of the array refer to the array and not to its room.
-        array = np.frombuffer(memoryview(room), self._dtype, count)
+        array = np.frombuffer(room.data, self._dtype, count)
         weakref.finalize(array, self._free.append, room).atexit = False
         return array
 

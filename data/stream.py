@@ -293,10 +293,10 @@ class Stream:
             needed[place].append((source, block))
             groups.setdefault((source, block // GROUP_BLOCKS), {})[block] = place
         plan = _Plan(step, sources, first_tokens, needed, self._plan is None, groups)
-        for source in self._sources:
-            ahead = (self.spec.shuffle.readahead_blocks + GROUP_BLOCKS) * source.dataset.block_bytes
+        for each in self._sources:
+            ahead = (self.spec.shuffle.readahead_blocks + GROUP_BLOCKS) * each.dataset.block_bytes
             # A window is read from while the next is read ahead; a quarter more for lanes that begin theirs apart.
-            source.dataset.keep(self.working_set_bytes(num_rows) * 5 // 4 + ahead)
+            each.dataset.keep(self.working_set_bytes(num_rows) * 5 // 4 + ahead)
         self._plan = (key, plan)
         return plan
 
