@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -140,7 +141,7 @@ class LogitsWriter:
         if shape[1:] != (manifest.tokens, manifest.top_k):
             raise ValueError(f"logits of shape {shape}, and the manifest has ({manifest.tokens}, {manifest.top_k})")
         for place, (ids_SK, values_SK) in enumerate(zip(*likeliest, strict=True)):
-            self._pending.append((first_sample + place, _block(ids_SK, values_SK, manifest)))
+            self._pending.append((first_sample + place, block_of(ids_SK, values_SK, manifest)))
         if len(self._pending) * manifest.sample_bytes >= SHARD_BYTES:
             self._write_shard(chunk)
 
@@ -212,22 +213,59 @@ def finish(store: Store, manifest: LogitsManifest) -> LogitsManifest:
     return whole
 
 
-class StoredLogits:
-    """A recording, open for reading by several threads.
+class LogitsReader(ABC):
+    """What a teacher says, by sample; fetched by threads before it is asked for.
 
     Attributes:
-        manifest: what `logits.json` says.
+        manifest: which samples there are, and in which form.
+    """
+
+    def __init__(self, manifest: LogitsManifest) -> None:
+        self.manifest = manifest
+        self._expected: dict[int, Future[tuple[Ids, Floats]]] = {}
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="logits")
+
+    def expect(self, sample_ids: Iterable[int]) -> None:
+        """Begin to fetch samples that will be asked for, once; those outside are passed over."""
+        for sample in sample_ids:
+            if 0 <= sample < self.manifest.num_samples and sample not in self._expected:
+                self._expected[sample] = self._pool.submit(self._fetched, sample)
+
+    def read(self, sample_ids: npt.NDArray[np.int64]) -> Likeliest:
+        """What the teacher says of samples.
+
+        Raises:
+            DataError: it cannot be had, or is damaged.
+            IndexError: a sample is outside of what there is.
+        """
+        if sample_ids.min() < 0 or sample_ids.max() >= self.manifest.num_samples:
+            raise IndexError(f"samples {sample_ids.min()} to {sample_ids.max()} of {self.manifest.num_samples}")
+        self.expect(sample_ids.tolist())
+        ids, values = zip(*(self._expected.pop(sample).result() for sample in sample_ids.tolist()), strict=True)
+        return Likeliest(np.stack(ids), np.stack(values))
+
+    def close(self) -> None:
+        """End the threads that fetch."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @abstractmethod
+    def _fetched(self, sample: int) -> tuple[Ids, Floats]:
+        """Ids and values of one sample, of shape SK; called by several threads."""
+
+
+class StoredLogits(LogitsReader):
+    """A recording, open for reading.
+
+    Attributes:
         store: where it is.
     """
 
     def __init__(self, store: Store, manifest: LogitsManifest, access: Access) -> None:
-        self.manifest = manifest
+        super().__init__(manifest)
         self.store = store
         self._reader = BlockReader(store, access.tiers, access.archive.ask if access.archive else None)
         self._parts: dict[int, pa.Table] = {}
-        self._expected: dict[int, Future[tuple[Ids, Floats]]] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="logits")
 
     @classmethod
     def open(cls, location: str, access: Access | None = None) -> StoredLogits:
@@ -270,29 +308,6 @@ class StoredLogits:
                 f"{num_samples}. Record more, or train on fewer tokens."
             )
 
-    def expect(self, sample_ids: Iterable[int]) -> None:
-        """Begin to read samples that will be asked for, once."""
-        for sample in sample_ids:
-            if 0 <= sample < self.manifest.num_samples and sample not in self._expected:
-                self._expected[sample] = self._pool.submit(self._decoded, sample)
-
-    def read(self, sample_ids: npt.NDArray[np.int64]) -> Likeliest:
-        """What the teacher says of samples.
-
-        Raises:
-            DataError: a shard is missing or damaged.
-            IndexError: a sample is outside the recording.
-        """
-        if sample_ids.min() < 0 or sample_ids.max() >= self.manifest.num_samples:
-            raise IndexError(f"samples {sample_ids.min()} to {sample_ids.max()} of {self.manifest.num_samples}")
-        self.expect(sample_ids.tolist())
-        ids, values = zip(*(self._expected.pop(sample).result() for sample in sample_ids.tolist()), strict=True)
-        return Likeliest(np.stack(ids), np.stack(values))
-
-    def close(self) -> None:
-        """End the threads that read."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
     def _ref(self, sample: int) -> BlockRef:
         number, row = divmod(sample, PART_SAMPLES)
         with self._lock:
@@ -309,18 +324,13 @@ class StoredLogits:
             raise DataError(f"{self.store.name_of(name)}: another sha256 than {MANIFEST_NAME} says. Copy it again.")
         return pq.read_table(pa.BufferReader(content), use_threads=False)
 
-    def _decoded(self, sample: int) -> tuple[Ids, Floats]:
-        manifest, ref = self.manifest, self._ref(sample)
+    def _fetched(self, sample: int) -> tuple[Ids, Floats]:
+        ref = self._ref(sample)
         (content,) = self._reader.read([ref], ref.digest.hex())
         try:
-            batch = pa.ipc.read_record_batch(pa.py_buffer(content), manifest.schema)
-            shape = (manifest.tokens, manifest.top_k)
-            ids, values = (batch.column(name).values.to_numpy().reshape(shape) for name in ("ids", "values"))
+            return said_in(pa.ipc.read_record_batch(pa.py_buffer(content), self.manifest.schema), self.manifest)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{self.store.name_of(ref.path)}: not a shard ({error}). Record it anew.") from error
-        if manifest.stored_as == "bf16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return ids.astype(np.int64), values.astype(np.float32)
 
 
 def differences(have: Mapping[str, Any], want: Mapping[str, Any], *, known_only: bool = False) -> list[str]:
@@ -333,7 +343,8 @@ def differences(have: Mapping[str, Any], want: Mapping[str, Any], *, known_only:
     ]
 
 
-def _block(ids_SK: Ids, log_probabilities_SK: Floats, manifest: LogitsManifest) -> pa.RecordBatch:
+def block_of(ids_SK: Ids, log_probabilities_SK: Floats, manifest: LogitsManifest) -> pa.RecordBatch:
+    """The block of one sample."""
     values: npt.NDArray[Any] = np.ascontiguousarray(log_probabilities_SK).reshape(-1)
     if manifest.stored_as == "bf16":
         bits = values.view(np.uint32)
@@ -344,6 +355,19 @@ def _block(ids_SK: Ids, log_probabilities_SK: Floats, manifest: LogitsManifest) 
         flat = flat.astype(column.type.value_type.to_pandas_dtype())
         arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), column.type.list_size))
     return pa.record_batch(arrays, schema=manifest.schema)
+
+
+def said_in(block: pa.RecordBatch, manifest: LogitsManifest) -> tuple[Ids, Floats]:
+    """Ids and values of the sample in a block, of shape SK.
+
+    Raises:
+        ValueError: it is no block of such a sample.
+    """
+    shape = (manifest.tokens, manifest.top_k)
+    ids, values = (block.column(name).values.to_numpy().reshape(shape) for name in ("ids", "values"))
+    if manifest.stored_as == "bf16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return ids.astype(np.int64), values.astype(np.float32)
 
 
 def _chunk_files(store: Store) -> list[str]:

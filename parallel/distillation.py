@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
-from data.logits import StoredLogits
+from data.logits import LogitsReader
 from parallel.divergence import TeacherLogits, divergence_of, largest_logits, scaled_logits
 from parallel.engine import Engine, Logits, LossSums, Tokenwise
 from parallel.inputs import placed
@@ -123,18 +123,18 @@ class FromTeacher:
 
 
 @dataclass(frozen=True, slots=True)
-class FromRecording:
-    """Objectives of a step from what a teacher said once; the samples of the step after it are read ahead.
+class FromReader:
+    """Objectives of a step from what a teacher said elsewhere; the samples of the step after it are read ahead.
 
     Attributes:
-        stored: the recording.
+        said: a recording, or what a teacher on other ranks says.
         objective: what to do with it.
         mesh: of the student.
         device: of this rank.
         samples_per_step: over all data ranks.
     """
 
-    stored: StoredLogits
+    said: LogitsReader
     objective: Distillation
     mesh: Mesh
     device: torch.device
@@ -146,12 +146,12 @@ class FromRecording:
         if place.pipeline < self.mesh.pipeline - 1:
             return [self.objective] * len(micro_batches)
         ids = [number for batch in micro_batches for number in batch.sample_ids_B.tolist()]
-        self.stored.expect([*ids, *(number + self.samples_per_step for number in ids)])
+        self.said.expect([*ids, *(number + self.samples_per_step for number in ids)])
         return [replace(self.objective, teacher=self._said_of(batch, place)) for batch in micro_batches]
 
     def _said_of(self, batch: Batch, place: Coordinate) -> TeacherLogits:
         ids_BSK, values_BSK = (
-            placed(each, self.mesh, place, self.device) for each in self.stored.read(batch.sample_ids_B)
+            placed(each, self.mesh, place, self.device) for each in self.said.read(batch.sample_ids_B)
         )
         # Logarithms of probabilities: their partition is 1.
         return TeacherLogits(values_BSK, ids_BSK, values_BSK.new_zeros(values_BSK.shape[:2]))

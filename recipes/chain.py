@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from conf.schema import RunConfig
+from conf.schema import RunConfig, ServiceConfig
+from recipes.serving import mesh_of_service, services_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,18 @@ def is_here(config: RunConfig, stage: str) -> bool:
     return nodes_of(config, stage) == config.cluster.num_nodes
 
 
+def service_here(config: RunConfig) -> ServiceConfig | None:
+    """The service of the teacher of a job's stages; a rule sees to it that they agree."""
+    here = (service for stage, service in services_of(config).items() if is_here(config, stage))
+    return next(here, None)
+
+
+def num_teacher_ranks(config: RunConfig) -> int:
+    """Ranks of a job that are a teacher's."""
+    service = service_here(config)
+    return 0 if service is None else mesh_of_service(service).world_size
+
+
 def links(config: RunConfig) -> tuple[Link, ...]:
     """The jobs of a run, in order."""
     if config.cluster.slurm is None or not config.cluster.slurm.stage_nodes:
@@ -52,14 +65,13 @@ def on_nodes(config: RunConfig, num_nodes: int) -> RunConfig:
     if cluster.slurm is None or not cluster.slurm.stage_nodes:
         return config
     every = {**cluster.slurm.stage_nodes, **{stage: nodes_of(config, stage) for stage in config.order}}
+    slurm = replace(cluster.slurm, stage_nodes=every)
+    there = replace(config, cluster=replace(cluster, num_nodes=num_nodes, slurm=slurm))
     if num_nodes != cluster.num_nodes and cluster.ranks_per_node is not None:
         others = mesh.tensor * mesh.context * mesh.pipeline
-        mesh = replace(mesh, data=max(1, num_nodes * cluster.ranks_per_node // others))
-    return replace(
-        config,
-        engine=replace(config.engine, mesh=mesh),
-        cluster=replace(cluster, num_nodes=num_nodes, slurm=replace(cluster.slurm, stage_nodes=every)),
-    )
+        num_ranks = num_nodes * cluster.ranks_per_node - num_teacher_ranks(there)
+        mesh = replace(mesh, data=max(1, num_ranks // others))
+    return replace(there, engine=replace(config.engine, mesh=mesh))
 
 
 def for_stage(config: RunConfig, stage: str) -> RunConfig:

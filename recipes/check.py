@@ -4,7 +4,7 @@ A rule is a small function `(config, machine) -> Iterator[Problem]`; all of them
 at once. They live in `rules_layout.py` (model, batch and axes), `rules_engine.py` (what a backend offers),
 `rules_offload.py` (the disk of optimizer state), `rules_experts.py` (mixtures of experts), `rules_precision.py` (fp8),
 `rules_stages.py` (stages and what they refer to), `rules_compression.py` (pruning and distillation),
-`rules_distillation.py` (hidden states, logits written down),
+`rules_distillation.py` (hidden states, logits written down), `rules_service.py` (teachers on ranks of their own),
 `rules_place.py` (this machine, its disks and the cluster),
 `rules_data.py` (storage, tiers, shuffling) and `rules_slurm.py` (what is asked of Slurm). Fields on their own are
 checked when they are decoded.
@@ -29,6 +29,7 @@ from recipes import (
     rules_offload,
     rules_place,
     rules_precision,
+    rules_service,
     rules_slurm,
     rules_stages,
 )
@@ -46,6 +47,7 @@ RULES: tuple[Rule, ...] = (
     *rules_precision.RULES,
     *rules_compression.RULES,
     *rules_distillation.RULES,
+    *rules_service.RULES,
     *rules_place.RULES,
     *rules_data.RULES,
     *rules_slurm.RULES,
@@ -93,7 +95,8 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     """Fill in `engine.mesh.data` and `cluster.ranks_per_node` where they are null; resolving twice changes nothing.
 
     On this machine, data takes as many ranks as there are GPUs (else cores, and memory for them) and the batches can be
-    shared by; a mesh that is asked for may have more ranks than cores. On a cluster, data takes every rank there is.
+    shared by; a mesh that is asked for may have more ranks than cores. On a cluster, data takes every rank there is. A
+    teacher's ranks are left to it.
     """
     mesh, cluster = config.engine.mesh, config.cluster
     is_local = cluster.kind == "local"
@@ -106,12 +109,13 @@ def resolve(config: RunConfig, machine: Machine) -> RunConfig:
     else:
         num_ranks = min(machine.cores, machine.memory_bytes // CPU_RANK_BYTES)
     others = mesh.tensor * mesh.context * mesh.pipeline
+    teachers = chain.num_teacher_ranks(config)
     # Expert groups are parts of the data x context ranks.
     least = mesh.expert // gcd(mesh.expert, mesh.context)
-    data = mesh.data or _data_ranks(config, max(1, num_ranks // others), least, whole=not is_local)
+    data = mesh.data or _data_ranks(config, max(1, (num_ranks - teachers) // others), least, whole=not is_local)
     ranks_per_node = cluster.ranks_per_node
     if ranks_per_node is None and is_local:
-        ranks_per_node = -(-others * data // cluster.num_nodes)
+        ranks_per_node = -(-(others * data + teachers) // cluster.num_nodes)
     return replace(
         config,
         engine=replace(config.engine, mesh=replace(mesh, data=data)),

@@ -27,22 +27,24 @@ from data.prepare import prepared
 from data.tiers import check_tiers
 from data.tokenizer import tokenizer_file
 from recipes import check
-from recipes.chain import in_one_job
+from recipes.chain import in_one_job, service_here
 from recipes.machine import Machine, find_machine
 from recipes.plan_action import make_plan
 from recipes.reopen import reopen
+from recipes.serving import engine_of_service, mesh_of_service
 from recipes.stop import StopRequest, stop_on_signals
 from train import rundir
 from train.console import make_console, print_failure, print_header, print_results
-from train.launch import Gang, RankError, RayTrain
+from train.launch import Gang, RankError
 from train.metrics import MetricsWriter, read
 from train.progress import Display
+from train.ray_train import RayTrain
 from train.report import write_report
 from train.rundir import RunDir, Status, replace_text
 from train.summary import summarise
 from train.tracking import Tracker
+from train.worker import TRAINING_WORLD, World
 
-ENTRY = "recipes.run:run_stages"
 EXIT_CODES: dict[Status, int] = {"finished": 0, "failed": 1, "stopped": 75}
 INTERRUPTED = 130
 TRACKING_SECONDS = 20.0
@@ -117,7 +119,7 @@ def drive(
                     # Whoever read the screen is gone; Python would complain once more when it flushes at exit.
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 case OSError():
-                    print_failure(console, rank=None, reason=str(error), log=None)
+                    print_failure(console, who="the run", reason=str(error), log=None)
                 case _:
                     raise
             return EXIT_CODES["failed"]
@@ -212,7 +214,7 @@ class Driver:
             recipe=config.name,
             scale=config.scale,
             machine=str(self.machine),
-            world_size=launcher.world_size,
+            world_size=launcher.num_ranks,
             mesh=str(check.mesh_of(config)),
             restarts=sum(record["kind"] == "run_started" for record in read(run.metrics_file)),
         )
@@ -220,7 +222,7 @@ class Driver:
             metrics.write("message", level="warning", text=warning)
         tracker = Tracker(run.path, mode=config.tracking.mode)
         with Display(self.console, run.metrics_file, config.order, offset=offset) as display:
-            status = self.watch(run, launcher, metrics, display)
+            status = self.watch(run, worlds_of(config), launcher, metrics, display)
         run.write_status(status)
         metrics.write("run_ended", status=status, exit_code=EXIT_CODES[status], seconds=time.monotonic() - started)
         tracker.finish(TRACKING_SECONDS)
@@ -228,7 +230,9 @@ class Driver:
         print_results(self.console, summarise(list(read(run.metrics_file))), closing(run, config, status, report))
         return status
 
-    def watch(self, run: RunDir, launcher: Gang | RayTrain, metrics: MetricsWriter, display: Display) -> Status:
+    def watch(
+        self, run: RunDir, worlds: list[World], launcher: Gang | RayTrain, metrics: MetricsWriter, display: Display
+    ) -> Status:
         """Wait for the ranks, showing what they write and passing a stop on."""
 
         def on_poll() -> None:
@@ -238,10 +242,10 @@ class Driver:
             display.update()
 
         try:
-            return launcher.run(run, ENTRY, on_poll)
+            return launcher.run(run, worlds, on_poll)
         except RankError as error:
             display.update()
-            print_failure(self.console, rank=error.rank, reason=error.details or error.reason, log=str(error.log))
+            print_failure(self.console, who=error.who, reason=error.details or error.reason, log=str(error.log))
             metrics.write("message", level="error", text=str(error))
             return "failed"
 
@@ -267,8 +271,18 @@ def prepare_sources(config: RunConfig) -> Datasets:
     return {name: path if "://" in path else str(Path(path).resolve()) for name, path in paths.items()}
 
 
+def worlds_of(config: RunConfig) -> list[World]:
+    """The students' ranks (any run's that train), and those of a teacher that has its own."""
+    worlds = [World(name=TRAINING_WORLD, entry="recipes.run:run_stages", size=check.mesh_of(config).world_size)]
+    service = service_here(config)
+    if service is not None:
+        size, engine = mesh_of_service(service).world_size, engine_of_service(config, service)
+        worlds.append(World(name="teacher", entry="recipes.teacher:teach", size=size, engine=engine))
+    return worlds
+
+
 def world_size_of(config: RunConfig) -> int:
-    """Ranks of a resolved configuration."""
+    """Ranks of a resolved configuration, a teacher's included."""
     assert config.cluster.ranks_per_node is not None
     return config.cluster.num_nodes * config.cluster.ranks_per_node
 

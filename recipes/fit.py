@@ -16,14 +16,15 @@ from conf.schema import RunConfig
 from parallel.plan.configured import layout_of
 from parallel.plan.hardware import Gpu
 from parallel.plan.layout import Layout, Recompute, Sharding
-from parallel.plan.memory import GIB, StageMemory
+from parallel.plan.memory import GIB, StageMemory, serving_memory
 from parallel.plan.search import Task, search, smallest_cluster, worst_stage
 from parallel.plan.shapes import Shape, Teacher, shape_of
-from parallel.plan.throughput import StepTime, step_time
+from parallel.plan.throughput import StepTime, step_time, teacher_seconds
 from recipes import rules_engine, rules_experts, rules_layout
 from recipes.chain import is_here
 from recipes.machine import Machine
 from recipes.rules_layout import trainings_of
+from recipes.serving import engine_of_service, mesh_of_service, services_of
 from recipes.stage_models import distillation_of, model_of_stage, models_of, teacher_of_stage
 from train.quantities import byte_size
 
@@ -47,8 +48,8 @@ def shape_of_stage(config: RunConfig, name: str) -> Shape:
 def teaching_of_stage(config: RunConfig, name: str) -> Teacher | None:
     """The model a stage learns from, on the same ranks, where it learns from one."""
     distillation, teacher = distillation_of(config.stages[name]), teacher_of_stage(config, name)
-    if distillation is None or teacher is None or distillation.logits is not None:
-        return None  # what was written down comes with the batches
+    if distillation is None or teacher is None or distillation.logits is not None or distillation.service is not None:
+        return None  # what was written down, or is said elsewhere, comes with the batches
     matched = distillation.hidden_states.layers if distillation.hidden_states is not None else {}
     return Teacher(shape=shape_of(teacher), top_k=distillation.top_k, hidden_layers=len(matched))
 
@@ -58,10 +59,38 @@ def memory_of_stage(config: RunConfig, name: str) -> StageMemory:
     return worst_stage(shape_of_stage(config, name), layout_of_stage(config, name), teaching_of_stage(config, name))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """A teacher on GPUs of its own."""
+
+    teacher: Teacher
+    layout: Layout
+    worst: StageMemory
+
+
+def serving_of_stage(config: RunConfig, name: str) -> Serving | None:
+    """The teacher that a stage has on other ranks, where it has one."""
+    service, taught_by = services_of(config).get(name), teacher_of_stage(config, name)
+    distillation = distillation_of(config.stages[name])
+    if service is None or taught_by is None or distillation is None:
+        return None
+    engine = engine_of_service(config, service)
+    layout = layout_of(engine, trainings_of(config)[name], data=mesh_of_service(service).data)
+    teacher = Teacher(shape=shape_of(taught_by), top_k=distillation.top_k)
+    return Serving(teacher=teacher, layout=layout, worst=serving_memory(teacher, layout))
+
+
 def step_of_stage(config: RunConfig, name: str, gpu: Gpu) -> StepTime:
     """Time of a step of a training stage, its teacher's part included."""
     shape, layout = shape_of_stage(config, name), layout_of_stage(config, name)
-    return step_time(shape, layout, gpu, teacher=teaching_of_stage(config, name))
+    step, serving = (
+        step_time(shape, layout, gpu, teacher=teaching_of_stage(config, name)),
+        serving_of_stage(config, name),
+    )
+    if serving is None:
+        return step
+    # They work side by side: the slower one decides.
+    return replace(step, teacher=max(0.0, teacher_seconds(serving.teacher, serving.layout, gpu) - step.seconds))
 
 
 def fullest_of(config: RunConfig) -> tuple[str, StageMemory] | None:

@@ -14,8 +14,10 @@ from data.storage import Store
 from data.stream import stream_of_stage
 from parallel.device import this_device
 from parallel.distillation import read_likeliest
-from parallel.engine import Engine
+from parallel.divergence import TeacherLogits
+from parallel.engine import Engine, Logits
 from parallel.inputs import rows_of_ranks
+from parallel.mesh import Coordinate, Mesh
 from recipes.lessons import teacher_engine
 from recipes.recording import about_data, about_text, learner_of, location_of, manifest_of
 from recipes.stage import StageInput, StageOutput
@@ -37,7 +39,7 @@ def record_logits(given: StageInput, stage: LogitsStage) -> StageOutput:
     training, distillation = learner_of(config, stage.stage)
     teacher = given.open_model(distillation.teacher)
     about = about_text(config, stage.stage) | about_data(given.datasets, training.sources)
-    manifest = manifest_of(config, stage, about | {"teacher": teacher.manifest_sha256})
+    manifest = manifest_of(config, stage.stage, stage.stored_as, about | {"teacher": teacher.manifest_sha256})
     location = location_of(config, given.name, run_dir=str(given.context.run.path))
     store = Store.open(location, config.data.storage)
     stream = stream_of_stage(config, stage.stage, given.datasets)
@@ -68,9 +70,9 @@ class Recorder:
         self.store = store
         self.manifest = manifest
         self.read = read_likeliest(temperature, manifest.top_k)
-        place, mesh = engine.coordinate, engine.mesh
-        self.sees = place.pipeline == mesh.pipeline - 1 and place.tensor == 0
-        self.writer = LogitsWriter(store, manifest, rank=place.data) if self.sees and place.context == 0 else None
+        self.writer = None
+        if hands_on(engine.mesh, engine.coordinate):
+            self.writer = LogitsWriter(store, manifest, rank=engine.coordinate.data)
 
     def run(
         self,
@@ -120,15 +122,35 @@ class Recorder:
 
     def record(self, micro_batches: Sequence[Batch], chunk: int) -> None:
         """Ask the teacher about a step's samples and write down what it says."""
-        found = self.engine.predict(micro_batches, self.read)
-        if not self.sees:
-            return
-        for batch, said in zip(micro_batches, found, strict=True):
-            assert said.ids_BSK is not None, "the likeliest are asked for"
-            parts = (said.ids_BSK, said.logits.float() - said.log_partition_BS.unsqueeze(-1))
-            ids_BSK, values_BSK = (rows_of_ranks(part, self.engine.mesh.context).cpu().numpy() for part in parts)
-            if self.writer is not None:
-                self.writer.add(int(batch.sample_ids_B[0]), Likeliest(ids_BSK, values_BSK), chunk=chunk)
+        said = ask(self.engine, micro_batches, self.read)
+        if self.writer is not None:
+            for first_sample, likeliest in said:
+                self.writer.add(first_sample, likeliest, chunk=chunk)
+
+
+def hands_on(mesh: Mesh, place: Coordinate) -> bool:
+    """Whether a rank of a teacher is the one of its data rank that hands on what is said."""
+    return place.pipeline == mesh.pipeline - 1 and place.tensor == 0 and place.context == 0
+
+
+def ask(
+    engine: Engine, micro_batches: Sequence[Batch], read: Callable[[Logits], TeacherLogits]
+) -> list[tuple[int, Likeliest]]:
+    """Ask a teacher; every rank of it calls it alike.
+
+    Returns:
+        First sample and likeliest tokens of each micro-batch, on the first tensor rank of the last pipeline ranks.
+    """
+    found = engine.predict(micro_batches, read)
+    if engine.coordinate.tensor:
+        return []  # it says the same
+    said = []
+    for batch, teacher in zip(micro_batches, found, strict=True) if found else ():
+        assert teacher.ids_BSK is not None, "the likeliest are asked for"
+        parts = (teacher.ids_BSK, teacher.logits.float() - teacher.log_partition_BS.unsqueeze(-1))
+        ids_BSK, values_BSK = (rows_of_ranks(part, engine.mesh.context).cpu().numpy() for part in parts)
+        said.append((int(batch.sample_ids_B[0]), Likeliest(ids_BSK, values_BSK)))
+    return said
 
 
 def asked_to_stop(given: StageInput) -> bool:

@@ -28,7 +28,7 @@ from parallel.plan.search import fastest, search
 from parallel.plan.shapes import Shape, Teacher, shape_of
 from parallel.plan.throughput import StepTime
 from parallel.plan.traffic import AxisTraffic, traffic
-from recipes import chain, fit, rules_stages
+from recipes import chain, fit, rules_service, rules_stages
 from recipes.rules_layout import trainings_of
 from recipes.stage_models import training_of_stage
 
@@ -57,6 +57,9 @@ class StagePlan:
     model: str
     shape: Shape
     teacher: Teacher | None
+    """On the same GPUs."""
+    serving: fit.Serving | None
+    """A teacher on GPUs of its own."""
     layout: Layout
     worst: StageMemory
     step: StepTime
@@ -77,6 +80,11 @@ class StagePlan:
     """Expected."""
     seconds: float
     """From the first step to the last checkpoint, interruptions included."""
+
+    @property
+    def num_gpus(self) -> int:
+        """Those of its teacher included."""
+        return self.layout.num_gpus + (self.serving.layout.num_gpus if self.serving else 0)
 
     @property
     def energy_mwh(self) -> float:
@@ -146,7 +154,7 @@ class Plan:
     @property
     def dollars(self) -> float:
         """GPU hours at the cluster's price; storage and transfer are not in it."""
-        gpu_seconds = sum(stage.layout.num_gpus * stage.seconds for stage in self.stages)
+        gpu_seconds = sum(stage.num_gpus * stage.seconds for stage in self.stages)
         return gpu_seconds / 3600 * self.hardware.dollars_per_gpu_hour
 
     @property
@@ -193,7 +201,7 @@ def plan(config: RunConfig) -> Plan:
         cluster=config.cluster.name,
         hardware=hardware,
         gpu=gpu,
-        num_gpus=max(stage.layout.num_gpus for stage in stages),
+        num_gpus=max(stage.num_gpus for stage in stages),
         budget=config.budget,
         stages=stages,
     )
@@ -207,10 +215,11 @@ def stage_plan(
     training, layout = training_of_stage(config, name), fit.layout_of_stage(config, name)
     shape, teacher = fit.shape_of_stage(config, name), fit.teaching_of_stage(config, name)
     step = fit.step_of_stage(config, name, gpu)
-    num_gpus = layout.num_gpus
+    serving = fit.serving_of_stage(config, name)
+    num_gpus = layout.num_gpus + (serving.layout.num_gpus if serving else 0)
     training_seconds = training.num_steps * step.seconds
     interval = (training.checkpoint_every_steps or training.num_steps) * step.seconds
-    saves = saving(hardware, shape, num_gpus, min(interval, training_seconds))
+    saves = saving(hardware, shape, layout.num_gpus, min(interval, training_seconds))
     useful = goodput(hardware, num_gpus, saves, saves.interval_seconds)
     best_useful = goodput(hardware, num_gpus, saves, min(saves.best_interval_seconds, training_seconds))
     seconds = training_seconds / useful if useful else float("inf")
@@ -220,6 +229,7 @@ def stage_plan(
         model=config.model.name if shape == shape_of(config.model) else f"smaller {config.model.name}",
         shape=shape,
         teacher=teacher,
+        serving=serving,
         layout=layout,
         worst=fit.memory_of_stage(config, name),
         step=step,
@@ -273,7 +283,7 @@ def _site_of(config: RunConfig) -> tuple[HardwareConfig, Gpu]:
 
 
 def _require_layout(config: RunConfig, gpu: Gpu, names: list[str]) -> None:
-    rules = (*rules_stages.RULES, *fit.LAYOUT_RULES)
+    rules = (*rules_stages.RULES, *fit.LAYOUT_RULES, *rules_service.RULES)
     problems = [problem for rule in rules for problem in rule(config, fit.NOBODY)]
     if problems:
         raise ConfigError([*problems, *_possible_layouts(config, gpu, names)])

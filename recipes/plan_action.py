@@ -12,6 +12,7 @@ from conf.errors import UserError
 from conf.schema import RunConfig
 from parallel.plan.memory import StageMemory
 from parallel.plan.throughput import StepTime
+from recipes.fit import Serving
 from recipes.plan import Plan, StagePlan, plan
 from recipes.plan_page import plan_page
 from recipes.plan_remedies import Remedy, remedies
@@ -68,6 +69,16 @@ def as_json(made: Plan, changes: list[Remedy], curves: dict[str, tuple[Point, ..
     }
 
 
+def _serving(serving: Serving | None) -> dict[str, object] | None:
+    if serving is None:
+        return None
+    return {
+        "num_parameters": serving.teacher.shape.num_parameters,
+        "layout": dataclasses.asdict(serving.layout) | {"stack": serving.layout.stack.name},
+        "memory_bytes": _memory(serving.worst),
+    }
+
+
 def _stage(stage: StagePlan, curve: tuple[Point, ...]) -> dict[str, object]:
     better = stage.better
     return {
@@ -77,6 +88,8 @@ def _stage(stage: StagePlan, curve: tuple[Point, ...]) -> dict[str, object]:
         "num_parameters": stage.shape.num_parameters,
         "teacher_parameters": stage.teacher.shape.num_parameters if stage.teacher else None,
         "layout": dataclasses.asdict(stage.layout) | {"stack": stage.layout.stack.name},
+        "num_gpus": stage.num_gpus,
+        "teacher_on_its_own": _serving(stage.serving),
         "memory_bytes": [_memory(each) for each in stage.pipeline],
         "step_seconds": _step(stage.step),
         "tokens_per_s_per_gpu": stage.step.tokens_per_s_per_gpu,

@@ -99,6 +99,12 @@ def layout_told(better: Better) -> str:
 def model_of(stage: StagePlan) -> str:
     """The model a stage trains, and its teacher."""
     told = f"{stage.model}, {count(stage.shape.num_parameters)} parameters"
+    if stage.serving is not None:
+        at = stage.serving
+        return (
+            f"{told}, taught by {count(at.teacher.shape.num_parameters)} on {at.layout.num_gpus:,} GPUs of its own "
+            f"({axes(at.layout)}, {byte_size(at.worst.needed)} a GPU)"
+        )
     return told if stage.teacher is None else f"{told}, taught by {count(stage.teacher.shape.num_parameters)}"
 
 

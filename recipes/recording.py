@@ -1,4 +1,4 @@
-"""What a recording of a teacher's logits is of, and where it is. No model is looked at."""
+"""What a teacher's logits are of, and where a recording of them is. No model is looked at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from conf.schema import DistillationConfig, DistillStage, LogitsStage, RecoverStage, RunConfig, TrainingConfig
-from data.logits import FORMAT_VERSION, LogitsManifest
+from data.logits import FORMAT_VERSION, LogitsManifest, StoredAs
 from data.shards import Dataset
 from data.stream import mixtures_of
 
@@ -44,16 +44,16 @@ def about_data(datasets: Mapping[str, Dataset], sources: tuple[str, ...]) -> dic
     }
 
 
-def manifest_of(config: RunConfig, stage: LogitsStage, about: dict[str, Any]) -> LogitsManifest:
-    """The manifest of what a stage writes down, without its parts."""
-    training, distillation = learner_of(config, stage.stage)
+def manifest_of(config: RunConfig, stage: str, stored_as: StoredAs, about: dict[str, Any]) -> LogitsManifest:
+    """The manifest of what a distilling stage's teacher says, without its parts."""
+    training, distillation = learner_of(config, stage)
     return LogitsManifest(
         format_version=FORMAT_VERSION,
         about=about,
         vocab_size=config.model.vocab_size,
         tokens=training.sequence_length,
         top_k=distillation.top_k,
-        stored_as=stage.stored_as,
+        stored_as=stored_as,
         num_samples=training.num_steps * training.global_batch,
     )
 

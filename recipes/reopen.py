@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conf import load
 from conf.errors import ConfigError, Problem, UserError
-from conf.schema import RunConfig
+from conf.schema import DistillStage, MeshConfig, RecoverStage, RunConfig, ServiceConfig
 from train import rundir
 from train.rundir import RunDir
 
@@ -34,13 +34,26 @@ def reopen(config: RunConfig) -> tuple[RunDir, RunConfig]:
             f"only {', '.join(sorted(FREE))} may change. Drop the override, or start a new run (init={run.path}).",
         )
         for field in (each.name for each in dataclasses.fields(RunConfig))
-        if field not in FREE | NOT_COMPARED and getattr(saved, field) != getattr(merged, field)
+        if field not in FREE | NOT_COMPARED and getattr(computed(saved), field) != getattr(computed(merged), field)
     ]
     if problems:
         raise ConfigError(problems)
     return run, dataclasses.replace(
         merged, action=config.action, init=saved.init, overrides=saved.overrides, resume=str(run.path)
     )
+
+
+def computed(config: RunConfig) -> RunConfig:
+    """The same without where teachers are, which changes nothing but what their logits are rounded to on the way."""
+    stages = dict(config.stages)
+    for name, stage in stages.items():
+        if isinstance(stage, RecoverStage | DistillStage) and stage.distillation.service is not None:
+            rounded = ServiceConfig(mesh=MeshConfig(), sent_as=stage.distillation.service.sent_as)
+            service = None if rounded.sent_as == "fp32" else rounded
+            stages[name] = dataclasses.replace(
+                stage, distillation=dataclasses.replace(stage.distillation, service=service)
+            )
+    return dataclasses.replace(config, stages=stages)
 
 
 def find(config: RunConfig) -> RunDir:

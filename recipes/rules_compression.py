@@ -309,7 +309,7 @@ def teachers_fit_beside_students(config: RunConfig, machine: Machine) -> Iterato
     have = int(gpu.memory_bytes)
     for name, stage in stages_of(config):
         distillation = distillation_of(stage)
-        if distillation is None or distillation.logits is not None:
+        if distillation is None or distillation.logits is not None or distillation.service is not None:
             continue
         need = distilling_bytes(config, name)
         if need <= have:

@@ -101,7 +101,7 @@ def recordings_fit_on_disk(config: RunConfig, machine: Machine) -> Iterator[Prob
         if not isinstance(stage, LogitsStage) or distillation is None:
             continue
         location = location_of(config, name, run_dir=config.runs_dir)
-        manifest = manifest_of(config, stage, {})
+        manifest = manifest_of(config, stage.stage, stage.stored_as, {})
         need = manifest.num_samples * manifest.sample_bytes
         if "://" not in location and need > (free := machine.free_disk_bytes(Path(location))):
             yield Problem(

@@ -9,6 +9,7 @@ from conf.errors import Problem
 from conf.schema import EvaluateStage, RunConfig, TrainingConfig, TrainingStage
 from parallel.mesh import Mesh
 from parallel.plan.divides import batch_multiple, divisors, pieces_of_sequence
+from recipes.chain import num_teacher_ranks
 from recipes.machine import Machine
 
 BUBBLE_WORTH_A_WARNING = 0.25
@@ -37,22 +38,26 @@ def nearest_multiples(value: int, size: int) -> str:
 
 
 def ranks_are_all_used(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """The product of the axes is the number of ranks."""
+    """The product of the axes is the number of ranks, those of a teacher apart."""
     mesh, cluster = mesh_of(config), config.cluster
     if cluster.ranks_per_node is None:
         return
-    num_ranks = cluster.num_nodes * cluster.ranks_per_node
+    whole, teachers = cluster.num_nodes * cluster.ranks_per_node, num_teacher_ranks(config)
+    num_ranks = whole - teachers
     if mesh.world_size == num_ranks:
         return
     others = mesh.world_size // mesh.data
-    if num_ranks % others == 0:
+    less = f" less {teachers} of the teacher = {num_ranks}" if teachers else ""
+    if num_ranks <= 0:
+        remedy = "Add nodes, or shrink an axis of the teacher (distillation.service.mesh)"
+    elif num_ranks % others == 0:
         remedy = f"Set engine.mesh.data={num_ranks // others}, or null to let it follow"
     else:
         remedy = f"tensor x context x pipeline is {others} and must divide {num_ranks}"
     yield Problem(
         "engine.mesh",
         f"{mesh} is {mesh.world_size} ranks, and cluster {cluster.name} has {cluster.num_nodes} x "
-        f"{cluster.ranks_per_node} = {num_ranks}; the axes must multiply to that. {remedy}.",
+        f"{cluster.ranks_per_node} = {whole}{less}; the axes must multiply to that. {remedy}.",
     )
 
 

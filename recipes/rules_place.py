@@ -18,6 +18,7 @@ from data.tokenizer import Tokenizer
 from parallel.plan.hardware import GPUS, Gpu, UnknownGpuError, gpu_named
 from parallel.plan.operations import site_gpu
 from recipes import fit
+from recipes.chain import num_teacher_ranks
 from recipes.machine import GIB, Machine, existing_parent
 from recipes.rules_layout import mesh_of, trainings_of
 from train.manifest import MANIFEST, decode_manifest
@@ -130,7 +131,9 @@ def device_is_there(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """A rank a GPU; a few ranks a core."""
     if config.cluster.kind != "local":
         return
-    num_ranks = mesh_of(config).world_size
+    teachers = num_teacher_ranks(config)
+    num_ranks = mesh_of(config).world_size + teachers
+    axes = f"{mesh_of(config)}" + (f" and {teachers} ranks of a teacher are" if teachers else " is")
     if config.cluster.device == "cuda" and not machine.gpus:
         why = f" ({machine.gpu_fault})" if machine.gpu_fault else ""
         yield Problem(
@@ -139,14 +142,14 @@ def device_is_there(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     elif uses_gpu(config, machine) and num_ranks > len(machine.gpus):
         yield Problem(
             "engine.mesh",
-            f"{mesh_of(config)} is {num_ranks} ranks, and there are {len(machine.gpus)} GPUs here, one for each rank. "
+            f"{axes} {num_ranks} ranks, and there are {len(machine.gpus)} GPUs here, one for each rank. "
             "Shrink an axis, or set cluster.device=cpu.",
         )
     most = max(MOST_RANKS_ON_FEW_CORES, machine.cores)
     if not uses_gpu(config, machine) and num_ranks > most:
         yield Problem(
             "engine.mesh",
-            f"{mesh_of(config)} is {num_ranks} ranks; {machine.cores} CPU cores take at most {most}. Shrink an axis, "
+            f"{axes} {num_ranks} ranks; {machine.cores} CPU cores take at most {most}. Shrink an axis, "
             "or rehearse another layout.",
         )
 
@@ -184,7 +187,7 @@ def state_fits_in_memory(config: RunConfig, machine: Machine) -> Iterator[Proble
     if uses_gpu(config, machine) or config.cluster.kind != "local":
         return
     mesh, need = mesh_of(config), state_bytes(config)
-    total = mesh.world_size * (CPU_RANK_BYTES + need)
+    total = mesh.world_size * (CPU_RANK_BYTES + need) + num_teacher_ranks(config) * CPU_RANK_BYTES
     if total > machine.memory_bytes:
         yield Problem(
             "engine.mesh",
@@ -348,22 +351,22 @@ def _placeholder(path: str, value: str) -> Problem:
 
 def ranks_share_cores(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Warn of ranks without a core or GPU of their own, and of GPUs without a rank."""
-    mesh = mesh_of(config)
+    num_ranks = mesh_of(config).world_size + num_teacher_ranks(config)
     if config.cluster.kind != "local":
         return
     if not uses_gpu(config, machine):
-        if mesh.world_size > machine.cores:
+        if num_ranks > machine.cores:
             yield Problem(
                 "engine.mesh",
-                f"{mesh.world_size} ranks share {machine.cores} CPU cores, which is slow: a rehearsal of "
+                f"{num_ranks} ranks share {machine.cores} CPU cores, which is slow: a rehearsal of "
                 "the layout, not of its speed.",
             )
         if machine.gpu_fault:
             yield Problem("cluster.device", f"no GPU is used: {machine.gpu_fault}")
-    elif mesh.world_size < len(machine.gpus):
+    elif num_ranks < len(machine.gpus):
         yield Problem(
             "engine.mesh",
-            f"{mesh.world_size} of {len(machine.gpus)} GPUs are used: the batches cannot be shared by more "
+            f"{num_ranks} of {len(machine.gpus)} GPUs are used: the batches cannot be shared by more "
             "data ranks, or the mesh asks for no more.",
         )
 

@@ -100,18 +100,17 @@ def print_results(console: Console, summary: RunSummary, closing: Mapping[str, s
     console.print()
 
 
-def print_failure(console: Console, *, rank: int | None, reason: str, log: str | None) -> None:
+def print_failure(console: Console, *, who: str, reason: str, log: str | None) -> None:
     """Show why a run failed.
 
     Args:
         console: where to.
-        rank: the rank that failed first, or None where it was the driver.
+        who: failed first: a rank, or the run itself.
         reason: its traceback, or how it died.
         log: path of its output.
     """
-    who = "The run" if rank is None else f"Rank {rank}"
     console.print()
-    console.print(f"[bold red]{who} failed[/]")
+    console.print(f"[bold red]{who[0].upper()}{who[1:]} failed[/]")
     console.print(Text(reason.rstrip("\n")), soft_wrap=True)
     if log is not None:
         console.print(Text.assemble(("log  ", "dim"), log), soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from conf.schema import ModelConfig, RunConfig, TrainingConfig, TrainingStage
+from conf.schema import DistillStage, MeshConfig, ModelConfig, RecoverStage, RunConfig, TrainingConfig, TrainingStage
 from train.quantities import count
 
 
@@ -25,7 +25,12 @@ def _facts(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         stage = config.stages[name]
         if isinstance(stage, TrainingStage):
             yield name, _amount(stage.training)
-    yield "mesh", _mesh(config, world_size)
+    yield "mesh", _mesh(config.engine.mesh, world_size)
+    for name in config.order:
+        stage = config.stages[name]
+        if isinstance(stage, RecoverStage | DistillStage) and stage.distillation.service is not None:
+            mesh = stage.distillation.service.mesh
+            yield f"{name}'s teacher", f"{_mesh(mesh, 1)}, on ranks of its own"
     yield "precision", config.engine.precision
     if config.scale == "full":
         yield "budget", f"{config.budget.days:g} days at {config.budget.power_mw:g} MW"
@@ -51,8 +56,7 @@ def _amount(training: TrainingConfig) -> str:
     return f"{count(training.tokens)} tokens\n{training.num_steps:,} steps of {batch}"
 
 
-def _mesh(config: RunConfig, world_size: int) -> str:
-    mesh = config.engine.mesh
+def _mesh(mesh: MeshConfig, world_size: int) -> str:
     data = mesh.data or max(world_size // (mesh.tensor * mesh.context * mesh.pipeline), 1)
     axes = {"tensor": mesh.tensor, "context": mesh.context, "data": data, "pipeline": mesh.pipeline}
     text = " x ".join(f"{axis} {size}" for axis, size in axes.items())

@@ -1,8 +1,8 @@
 """Starting ranks and watching over them. The driver's side; `train/worker.py` is the ranks'.
 
 Two launchers run the same worker function. `gang` is ours: one Ray placement group with a bundle a node and one actor a
-rank, so that tensor ranks share a node, order is ours to choose and a lost rank is known at once. `ray_train` is Ray
-Train's TorchTrainer, for whoever already operates it.
+rank, so that tensor ranks share a node, order is ours to choose and a lost rank is known at once. The other is in
+`train/ray_train.py`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from conf.errors import UserError
 from conf.schema import ClusterConfig
 from train.rundir import RunDir
-from train.worker import Failure, Place, RankOutcome, run_rank
+from train.worker import Failure, Place, RankOutcome, World, run_rank
 
 POLL_SECONDS = 0.25
 PLACEMENT_SECONDS = 120.0
@@ -33,19 +33,26 @@ GRACE_SECONDS = 2.0
 OBJECT_STORE_BYTES = 80 * 2**20
 
 
+class Who(NamedTuple):
+    """A rank among those of all worlds."""
+
+    world: str
+    rank: int
+
+
 class RankError(Exception):
     """A rank died or raised.
 
     Attributes:
-        rank: which one came first.
+        who: which one came first, e.g. `rank 3`.
         reason: one line.
         details: its traceback, empty if it was killed.
         log: its log file.
     """
 
-    def __init__(self, rank: int, reason: str, details: str, log: Path) -> None:
-        self.rank, self.reason, self.details, self.log = rank, reason, details, log
-        super().__init__(f"rank {rank}: {reason} (log: {log})")
+    def __init__(self, who: Who, reason: str, details: str, log: Path) -> None:
+        self.who, self.reason, self.details, self.log = f"{who.world} {who.rank}", reason, details, log
+        super().__init__(f"{self.who}: {reason} (log: {log})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +83,8 @@ class Gang:
         self._seats: list[_Seat] = []
 
     @property
-    def world_size(self) -> int:
-        """Number of ranks."""
+    def num_ranks(self) -> int:
+        """Number of ranks, of all worlds together."""
         return self.cluster.num_nodes * self.ranks_per_node
 
     def __enter__(self) -> Self:
@@ -86,7 +93,7 @@ class Gang:
         Raises:
             UserError: Ray cannot be reached, or the cluster has not what is asked for.
         """
-        connect(self.cluster, self.world_size, use_gpu=self.use_gpu)
+        connect(self.cluster, self.num_ranks, use_gpu=self.use_gpu)
         try:
             self._reserve()
             self._seat()
@@ -101,8 +108,11 @@ class Gang:
         """End every rank and give the nodes back."""
         self.close()
 
-    def run(self, run: RunDir, entry: str, on_poll: Callable[[], None]) -> RankOutcome:
-        """Let every rank run `entry` for a run directory; `on_poll` is called a few times a second.
+    def run(self, run: RunDir, worlds: Sequence[World], on_poll: Callable[[], None]) -> RankOutcome:
+        """Let worlds work on a run directory; `on_poll` is called a few times a second.
+
+        The worlds take the gang's ranks one after another. When the first has ended, the ranks of the others are ended:
+        they hold nothing that is not had again.
 
         Raises:
             RankError: a rank died or raised; all others have been ended.
@@ -111,29 +121,40 @@ class Gang:
 
         master = self._seats[0]
         port = ray.get(master.actor.host_store.remote())
-        futures = {
-            seat.actor.run.remote(self._place(rank, master.address, port), str(run.path), entry): rank
-            for rank, seat in enumerate(self._seats)
-        }
-        outcomes: list[RankOutcome] = []
+        futures: dict[Any, Who] = {}
+        for world, rank, number in _numbered(worlds):
+            seat = self._seats[number]
+            place = Place(
+                rank=rank,
+                world_size=world.size,
+                local_rank=number % self.ranks_per_node,
+                ranks_on_node=self.ranks_per_node,
+                master_address=master.address,
+                master_port=port,
+                address=seat.address,
+                world=world.name,
+                engine=world.engine,
+            )
+            futures[seat.actor.run.remote(place, str(run.path), world.entry)] = Who(world.name, rank)
+        outcomes: dict[Who, RankOutcome] = {}
         pending = list(futures)
-        while pending:
+        while any(futures[future].world == worlds[0].name for future in pending):
             done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
             for future in done:
                 try:
-                    outcomes.append(ray.get(future))
+                    outcomes[futures[future]] = ray.get(future)
                 except Exception as error:
                     raise self._first_failure(run, {futures[future]: error}, pending, futures) from None
             on_poll()
-        return "stopped" if "stopped" in outcomes else "finished"
+        if len(worlds) > 1:
+            self._end(worlds[0].size)
+        return "stopped" if "stopped" in outcomes.values() else "finished"
 
     def close(self) -> None:
         """End every rank, give the nodes back, leave Ray."""
         import ray
 
-        for seat in self._seats:
-            ray.kill(seat.actor)
-        self._seats = []
+        self._end()
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
             self._group = None
@@ -186,18 +207,16 @@ class Gang:
             seats, key=lambda seat: (self.node_order.get(seat.address, last), _address_key(seat.address), seat.node)
         )
 
-    def _place(self, rank: int, address: str, port: int) -> Place:
-        return Place(
-            rank=rank,
-            world_size=self.world_size,
-            local_rank=rank % self.ranks_per_node,
-            ranks_on_node=self.ranks_per_node,
-            master_address=address,
-            master_port=port,
-        )
+    def _end(self, first: int = 0) -> None:
+        """End the ranks from this number on."""
+        import ray
+
+        for seat in self._seats[first:]:
+            ray.kill(seat.actor)
+        self._seats = self._seats[:first]
 
     def _first_failure(
-        self, run: RunDir, errors: dict[int, Exception], pending: list[Any], futures: dict[Any, int]
+        self, run: RunDir, errors: dict[Who, Exception], pending: list[Any], futures: dict[Any, Who]
     ) -> RankError:
         """Wait a moment for the others' failures, end everybody, and name the rank that came first."""
         import ray
@@ -210,84 +229,8 @@ class Gang:
                     ray.get(future)
                 except Exception as error:
                     errors[futures[future]] = error
-        for seat in self._seats:
-            ray.kill(seat.actor)
-        self._seats = []
+        self._end()
         return first_failure(run, errors)
-
-
-class RayTrain:
-    """The same work under Ray Train's TorchTrainer; a new group of workers for every run.
-
-    Args:
-        cluster: where; `ranks_per_node` is resolved.
-        use_gpu: one GPU a rank, else CPU ranks.
-    """
-
-    def __init__(self, cluster: ClusterConfig, *, use_gpu: bool) -> None:
-        assert cluster.ranks_per_node is not None, "the cluster is resolved before launch"
-        self.cluster = cluster
-        self.world_size = cluster.num_nodes * cluster.ranks_per_node
-        self.use_gpu = use_gpu
-
-    def __enter__(self) -> Self:
-        """Join or start Ray."""
-        connect(self.cluster, self.world_size, use_gpu=self.use_gpu)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave Ray."""
-        import ray
-
-        ray.shutdown()
-
-    def run(self, run: RunDir, entry: str, on_poll: Callable[[], None]) -> RankOutcome:
-        """Let every rank run `entry` for a run directory; `on_poll` is called a few times a second.
-
-        Raises:
-            RankError: a rank died or raised.
-        """
-        trainer = self._trainer(run, entry)
-        errors: list[Exception] = []
-
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=fit, name="ray-train")
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            on_poll()
-        if errors:
-            raise first_failure(run, getattr(errors[0], "worker_failures", None) or {0: errors[0]}) from None
-        return "stopped" if run.stop_file.exists() else "finished"
-
-    def _trainer(self, run: RunDir, entry: str) -> Any:
-        from ray.train import FailureConfig, ScalingConfig
-        from ray.train import RunConfig as RayRunConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        return TorchTrainer(
-            _ray_train_worker,
-            train_loop_config={"run_dir": str(run.path), "entry": entry},
-            scaling_config=ScalingConfig(
-                num_workers=self.world_size,
-                use_gpu=self.use_gpu,
-                resources_per_worker={"CPU": 1} | ({"GPU": 1} if self.use_gpu else {}),
-            ),
-            torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
-            run_config=RayRunConfig(
-                name="ray_train",
-                storage_path=str(run.path),
-                # Restarting is ours, from our own checkpoints.
-                failure_config=FailureConfig(max_failures=0),
-            ),
-        )
 
 
 class _RankActor:
@@ -350,37 +293,30 @@ def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
         raise UserError(f"cannot use {target}: {type(error).__name__}: {error}") from error
 
 
-def _ray_train_worker(loop: dict[str, str]) -> None:
-    import ray.train
-
-    context = ray.train.get_context()
-    place = Place(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        local_rank=context.get_local_rank(),
-        ranks_on_node=context.get_local_world_size(),
-        master_address="",
-        master_port=0,
-    )
-    run_rank(place, loop["run_dir"], loop["entry"], None)
-
-
-def first_failure(run: RunDir, errors: Mapping[int, Exception]) -> RankError:
+def first_failure(run: RunDir, errors: Mapping[Who, Exception]) -> RankError:
     """The rank whose end caused the others': one that was killed, else the first that raised."""
     from ray.exceptions import RayActorError
 
-    told = [Failure(**json.loads(file.read_text())) for file in run.failures.glob("rank-*.json")]
-    killed = sorted(rank for rank, error in errors.items() if isinstance(error, RayActorError))
+    told = [Failure(**json.loads(file.read_text())) for file in run.failures.glob("*.json")]
+    killed = sorted(who for who, error in errors.items() if isinstance(error, RayActorError))
     if killed:
         reason = "its process was killed (SIGKILL, out of memory, or its node was lost): " + " ".join(
             str(errors[killed[0]]).split()
         )
-        return RankError(killed[0], reason[:600], "", run.rank_log(killed[0]))
+        return RankError(killed[0], reason[:600], "", run.rank_log(killed[0].rank, killed[0].world))
     if told:
         first = min(told, key=lambda failure: failure.time)
-        return RankError(first.rank, first.error, first.traceback, run.rank_log(first.rank))
-    rank, error = min(errors.items())
-    return RankError(rank, type(error).__name__, str(error), run.rank_log(rank))
+        return RankError(
+            Who(first.world, first.rank), first.error, first.traceback, run.rank_log(first.rank, first.world)
+        )
+    who, error = min(errors.items())
+    return RankError(who, type(error).__name__, str(error), run.rank_log(who.rank, who.world))
+
+
+def _numbered(worlds: Sequence[World]) -> Iterator[tuple[World, int, int]]:
+    """Each rank of each world, with its number among all."""
+    places = [(world, rank) for world in worlds for rank in range(world.size)]
+    return ((world, rank, number) for number, (world, rank) in enumerate(places))
 
 
 def _require_answer(address: str) -> None:

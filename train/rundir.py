@@ -99,9 +99,9 @@ class RunDir:
         """The Hugging Face directory."""
         return self.path / "export"
 
-    def rank_log(self, rank: int) -> Path:
-        """Standard output and error of a rank."""
-        return self.logs / f"rank-{rank:05d}.log"
+    def rank_log(self, rank: int, world: str = "rank") -> Path:
+        """Standard output and error of a rank of a world."""
+        return self.logs / f"{world}-{rank:05d}.log"
 
     def checkpoints(self, stage: str) -> Path:
         """Checkpoints of a stage."""

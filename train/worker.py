@@ -14,12 +14,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from conf import load
-from conf.schema import RunConfig
+from conf.schema import EngineConfig, RunConfig
 from train.rundir import RunDir, replace_text
 
 if TYPE_CHECKING:
@@ -29,8 +29,40 @@ RankOutcome = Literal["finished", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Ranks that share a mesh, numbered from 0. A run has one that trains; others help it and end with it.
+
+    Attributes:
+        name: of each of its ranks, on the screen, in logs and failures.
+        entry: what they run, "module:function", taking a RankContext.
+        size: how many there are.
+        engine: how their model is spread; None: as the run's configuration says.
+    """
+
+    name: str
+    entry: str
+    size: int
+    engine: EngineConfig | None = None
+
+
+TRAINING_WORLD = "rank"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a rank runs and how it meets the others (which Ray Train arranges by itself)."""
+    """Where a rank runs and how it meets the others (which Ray Train arranges by itself).
+
+    Attributes:
+        rank: in its world.
+        world_size: ranks of its world.
+        local_rank: on its node.
+        ranks_on_node: of all worlds.
+        master_address: of the store that all worlds of a run meet at.
+        master_port: of it.
+        address: by which other nodes reach this rank.
+        world: name of its world.
+        engine: of its world, see `World`.
+    """
 
     rank: int
     world_size: int
@@ -38,12 +70,16 @@ class Place:
     ranks_on_node: int
     master_address: str
     master_port: int
+    address: str = ""
+    world: str = TRAINING_WORLD
+    engine: EngineConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
     """Why a rank ended early, as it saw it."""
 
+    world: str
     rank: int
     time: float
     error: str
@@ -60,7 +96,7 @@ class RankContext:
 
     @property
     def is_first(self) -> bool:
-        """Rank 0 writes what is written once."""
+        """Rank 0 of a world writes what is written once."""
         return self.place.rank == 0
 
 
@@ -80,6 +116,8 @@ def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> Ran
     _prepare_process(place, run)
     try:
         config = load.read(run.config_file)
+        if place.engine is not None:
+            config = replace(config, engine=place.engine)
         import torch
         from torch import distributed
 
@@ -92,6 +130,7 @@ def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> Ran
         assert mesh.data is not None, "the mesh is resolved before launch"
         if not distributed.is_initialized():
             store = store or groups.join_store(place.master_address, place.master_port)
+            store = distributed.PrefixStore(place.world, store)
             groups.open_world(store, rank=place.rank, world_size=place.world_size)
         groups.enter_mesh(
             Mesh(
@@ -111,17 +150,18 @@ def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> Ran
         groups.shut_down()
         return outcome
     except BaseException as error:
-        record_failure(run, place.rank, error)
+        record_failure(run, place, error)
         raise
 
 
-def record_failure(run: RunDir, rank: int, error: BaseException) -> None:
+def record_failure(run: RunDir, place: Place, error: BaseException) -> None:
     """Write why a rank failed; keeps the first record of the rank."""
-    file = run.failures / f"rank-{rank:05d}.json"
+    file = run.failures / f"{place.world}-{place.rank:05d}.json"
     if file.exists():
         return
     failure = Failure(
-        rank=rank,
+        world=place.world,
+        rank=place.rank,
         time=time.time(),
         error=f"{type(error).__name__}: {error}",
         traceback="".join(traceback.format_exception(error)),
@@ -135,7 +175,7 @@ def record_failure(run: RunDir, rank: int, error: BaseException) -> None:
 
 
 def _prepare_process(place: Place, run: RunDir) -> None:
-    log = os.open(run.rank_log(place.rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(run.rank_log(place.rank, place.world), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     os.close(log)
@@ -155,7 +195,10 @@ def _prepare_process(place: Place, run: RunDir) -> None:
         LOCAL_WORLD_SIZE=str(place.ranks_on_node),
         OMP_NUM_THREADS=str(max(1, cores // place.ranks_on_node)),
     )
-    print(f"-- rank {place.rank} of {place.world_size} on {socket.gethostname()}, process {os.getpid()}", flush=True)
+    print(
+        f"-- {place.world} {place.rank} of {place.world_size} on {socket.gethostname()}, process {os.getpid()}",
+        flush=True,
+    )
 
 
 def _entry(name: str) -> Callable[[RankContext], RankOutcome]:

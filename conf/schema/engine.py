@@ -12,12 +12,12 @@ from conf.schema.types import PositiveInt, Precision, Strict
 class MeshConfig(Strict):
     """Sizes of the parallel axes; the product of all but `expert` is the number of ranks."""
 
-    tensor: PositiveInt
-    context: PositiveInt
-    pipeline: PositiveInt
-    virtual_pipeline: PositiveInt
+    tensor: PositiveInt = 1
+    context: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt = 1
     """Layer chunks a pipeline rank holds; above 1 the schedule is interleaved."""
-    data: PositiveInt | None
+    data: PositiveInt | None = None
     """Null: as many as the cluster has ranks for and the batch can be shared by."""
     expert: PositiveInt = 1
     """Ranks that share the experts of a layer; each such group is a part of the data x context ranks."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from conf.schema.engine import MeshConfig
 from conf.schema.model import ModelConfig
 from conf.schema.training import TrainingConfig
 from conf.schema.types import (
@@ -142,6 +143,22 @@ class HiddenStatesConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceConfig(Strict):
+    """A teacher on ranks of its own, beside the student's, which speaks of coming steps while the student takes one."""
+
+    mesh: MeshConfig
+    """Its axes; data null: 1. Its ranks are further ranks of the cluster, after the student's."""
+    backend: Literal["megatron", "deepspeed"] | None = None
+    """Null: the student's, and so with `precision`."""
+    precision: Literal["fp32", "bf16", "fp8", "fp8_rowwise"] | None = None
+    sequence_parallel: bool = False
+    steps_ahead: PositiveInt = 2
+    """Of the student; so many steps, and one, are held in host memory."""
+    sent_as: Literal["bf16", "fp16", "fp32"] = "fp16"
+    """Type of the logarithms of probabilities; in fp32 losses are those of a teacher in the same processes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DistillationConfig(Strict):
     """How a model learns from another's logits."""
 
@@ -156,7 +173,9 @@ class DistillationConfig(Strict):
     """Logits kept of the teacher a token; 0: all."""
     logits: str | None = None
     """Where the teacher's likeliest tokens were written down: an earlier stage of kind logits, or the folder or URI of
-    what one wrote in another run. Null: the teacher is asked, in the same processes."""
+    what one wrote in another run. Null: the teacher is asked."""
+    service: ServiceConfig | None = None
+    """Null: it is in the student's processes."""
     hidden_states: HiddenStatesConfig | None = None
 
 

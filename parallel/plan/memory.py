@@ -135,6 +135,27 @@ def stage_memory(shape: Shape, layout: Layout, stage: int, teacher: Teacher | No
     )
 
 
+def serving_memory(teacher: Teacher, layout: Layout) -> StageMemory:
+    """Memory of the fullest GPU of a teacher that has GPUs of its own: weights, and a forward pass that keeps nothing.
+
+    Counted is one layer at work, as if it kept what a backward pass needs, and the head on its slices.
+    """
+    stages = [
+        StageMemory(
+            stage=stage,
+            weights=_states(teacher.shape, layout, stage)[0],
+            gradients=0.0,
+            optimizer=0.0,
+            activations=saved_bytes(teacher.shape, layout, recompute="none"),
+            logits=(_logit_bytes(teacher.shape, layout, teacher) + _kept_logit_bytes(teacher, layout))
+            * (stage == layout.pipeline - 1),
+            buffers=0.0,
+        )
+        for stage in {0, layout.pipeline - 1}
+    ]
+    return max(stages, key=lambda stage: stage.needed)
+
+
 def _logit_bytes(shape: Shape, layout: Layout, teacher: Teacher | None) -> float:
     """What head and loss of a micro-batch hold at once."""
     count, each = layout.tokens * shape.vocab / layout.tensor, layout.element_bytes

@@ -55,7 +55,7 @@ class StepTime:
     data_links: float
     optimizer: float
     teacher: float = 0.0
-    """Its forward passes."""
+    """Its forward passes; of a teacher on GPUs of its own, what they take longer than all of the above."""
     tokens_per_gpu: float
     """Tokens a step, over all GPUs."""
     model_flops_per_token: float
@@ -137,7 +137,7 @@ def step_time(
     """Time of one step of `layout.global_batch` sequences."""
     flops, teaching = shape.train_flops_per_token(layout.sequence), 0.0
     if teacher is not None:
-        teaching = _teacher_seconds(teacher, layout, gpu, constants)
+        teaching = teacher_seconds(teacher, layout, gpu, constants)
         flops += FORWARD_SHARE * teacher.shape.train_flops_per_token(layout.sequence)
     if layout.precision == "fp32":
         forward, backward = gpu.attention_flops
@@ -173,8 +173,8 @@ def step_time(
     )
 
 
-def _teacher_seconds(teacher: Teacher, layout: Layout, gpu: Gpu, constants: Constants) -> float:
-    """Forward passes over a step's micro-batches: nothing is recomputed, reduced or updated."""
+def teacher_seconds(teacher: Teacher, layout: Layout, gpu: Gpu, constants: Constants = FITTED) -> float:
+    """A teacher's forward passes over a step's micro-batches: nothing is recomputed, reduced or updated."""
     whole = step_time(teacher.shape, replace(layout, recompute="none"), gpu, constants)
     computing = whole.matmul + whole.attention + whole.elementwise + whole.launch + whole.node_links + whole.bubble
     return FORWARD_SHARE * computing + whole.pipeline_links / 2

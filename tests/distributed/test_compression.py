@@ -18,7 +18,7 @@ from data.logits import LogitsManifest, StoredLogits
 from data.storage import Store
 from parallel import loss
 from parallel.device import this_device
-from parallel.distillation import Distillation, FromRecording, FromTeacher
+from parallel.distillation import Distillation, FromReader, FromTeacher
 from parallel.engine import Engine, Match, Objective, StepResult, TensorSource
 from parallel.importance import Importance
 from parallel.initial import InitialWeights
@@ -154,7 +154,7 @@ def _learn_from_recording(layout: Layout, teacher: Engine, pruned: PrunedWeights
     stored = StoredLogits.open(folder)
     student = tiny_engine(layout, PRUNED)
     student.load_weights(pruned)
-    steps = _taught(student, FromRecording(stored, Distillation(weight=0.9), mesh, this_device(), GLOBAL_BATCH))
+    steps = _taught(student, FromReader(stored, Distillation(weight=0.9), mesh, this_device(), GLOBAL_BATCH))
     student.close()
     stored.close()
     return steps

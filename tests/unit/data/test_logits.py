@@ -5,29 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from logits_samples import ABOUT, MANIFEST, said
 
 from conf.errors import DataError
 from data import logits
-from data.logits import Likeliest, LogitsManifest, LogitsWriter, StoredLogits, finish, whole_chunks
+from data.logits import Likeliest, LogitsWriter, StoredLogits, finish, whole_chunks
 from data.storage import Store
-
-TOKENS, TOP_K, VOCABULARY = 6, 4, 300
-ABOUT = {"tokenizer": "abc", "data": {"business": "123"}, "sequence_length": TOKENS}
-MANIFEST = LogitsManifest(
-    format_version=1,
-    about=ABOUT,
-    vocab_size=VOCABULARY,
-    tokens=TOKENS,
-    top_k=TOP_K,
-    stored_as="fp32",
-    num_samples=16,
-)
-
-
-def said(num_samples=16):
-    random = np.random.default_rng(0)
-    ids = random.integers(VOCABULARY, size=(num_samples, TOKENS, TOP_K))
-    return Likeliest(ids, -random.exponential(size=ids.shape).astype(np.float32))
 
 
 def write(path, manifest=MANIFEST, num_ranks=2):

@@ -91,14 +91,16 @@ def test_names_that_look_like_markup_are_shown_as_they_are() -> None:
     console, stream = text_console()
     print_results(console, summarise(records), {})
     print_header(console, replace(run_config(), description="[bold]all[/nothing]"), "[/]", 1)
-    print_failure(console, rank=1, reason="list[/int]", log="/tmp/[a]")
+    print_failure(console, who="rank 1", reason="list[/int]", log="/tmp/[a]")
     for text in ("[red]m[/x]", "[/]s", "[bold]all[/nothing]", "list[/int]", "/tmp/[a]"):
         assert text in stream.getvalue()
 
 
 def test_failure_names_the_rank_its_traceback_and_its_log() -> None:
     console, stream = text_console(40)
-    print_failure(console, rank=3, reason="Traceback\n  deep\nValueError: " + "x" * 100, log="/runs/r/logs/rank-3.log")
+    print_failure(
+        console, who="rank 3", reason="Traceback\n  deep\nValueError: " + "x" * 100, log="/runs/r/logs/rank-3.log"
+    )
     output = stream.getvalue()
     assert "Rank 3 failed" in output
     assert "ValueError: " + "x" * 100 in output
