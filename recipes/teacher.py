@@ -122,8 +122,8 @@ class Speaker:
         begun = step - self.steps_ahead
         if begun >= first_step:
             self.board.wait_until_asked(self.stage, begun)
-            if self.server is not None:
-                self.server.forget(self.stage, before=begun * self.samples_per_step)
+        if self.server is not None:
+            self.server.forget(self.stage, before=max(begun, first_step) * self.samples_per_step)
 
     def speak(self, micro_batches: Sequence[Batch]) -> None:
         """Ask the teacher about its data rank's share of a step, and have the answer for who wants it."""

@@ -9,9 +9,11 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import accumulate
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -124,13 +126,31 @@ def smaller_world(size: int, name: str) -> Iterator[bool]:
         size: ranks in it.
         name: unique in a launch.
     """
+    with worlds((size,), name) as number:
+        yield number == 0
+
+
+@contextmanager
+def worlds(sizes: Sequence[int], name: str) -> Iterator[int]:
+    """Make the ranks worlds of these sizes for a while, one after another; ranks that are in none wait.
+
+    Args:
+        sizes: of the worlds.
+        name: unique in a launch.
+
+    Yields:
+        Which world this rank is in; the number of worlds where it is in none.
+    """
     rank, whole = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
     dist.destroy_process_group()
-    if rank < size:
-        _open_world(dist.PrefixStore(name, store), rank, size)
-    yield rank < size
-    if rank < size:
+    ends = list(accumulate(sizes))
+    number = bisect(ends, rank)
+    if number < len(sizes):
+        first = ends[number] - sizes[number]
+        _open_world(dist.PrefixStore(f"{name} {number}", store), rank - first, sizes[number])
+    yield number
+    if number < len(sizes):
         dist.destroy_process_group()
     _open_world(dist.PrefixStore(f"after {name}", store), rank, whole)
 

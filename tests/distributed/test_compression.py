@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks, smaller_world
+import torch.distributed as dist
+from ranks import run_ranks, smaller_world, worlds
 from tiny import GLOBAL_BATCH, LENGTH, MICRO_BATCH, MODEL, OPTIM, TIED, Layout, Tensors, batches, tiny_engine
 
 from data.batch import Batch
-from data.logits import LogitsManifest, StoredLogits
+from data.logits import LogitsManifest, LogitsReader, StoredLogits
+from data.logits_server import LogitsServer, ServedLogits
 from data.storage import Store
 from parallel import loss
 from parallel.device import this_device
-from parallel.distillation import Distillation, FromReader, FromTeacher
+from parallel.distillation import Distillation, FromReader, FromTeacher, read_likeliest
 from parallel.engine import Engine, Match, Objective, StepResult, TensorSource
 from parallel.importance import Importance
 from parallel.initial import InitialWeights
 from parallel.pruning import PrunedWeights, most_important
 from parallel.weight_importance import magnitude_importance
 from parallel.weight_names import logical_shapes
+from train.worker import Place
+
+if TYPE_CHECKING:
+    from recipes.board import Board
 
 LIMIT_SECONDS = 240.0
 pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
@@ -63,11 +69,21 @@ Lesson = Callable[[Sequence[Batch]], Sequence[Objective]]
 PAIRS = {0: 1, 1: 3}
 STEPS = 4
 CALIBRATION = 500
+SAID = LogitsManifest(
+    format_version=1,
+    about={},
+    vocab_size=PARENT.vocab_size,
+    tokens=LENGTH,
+    top_k=16,
+    stored_as="fp32",
+    num_samples=GLOBAL_BATCH * STEPS,
+)
+STUDENTS, TEACHER = Layout(data=2), Layout(tensor=2)
 
 
 def everything(folder: str) -> dict[str, Any]:
     """Run on each of four ranks."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"served": _learn_from_service(f"{folder}/served")}
     for size in (4, 1):
         with smaller_world(size, f"world of {size}") as inside:
             if not inside:
@@ -134,23 +150,8 @@ def _taught(student: Engine, lesson: Lesson, steps: range = range(STEPS)) -> lis
 
 def _learn_from_recording(layout: Layout, teacher: Engine, pruned: PrunedWeights, folder: str) -> list[StepResult]:
     """Write the teacher's 16 likeliest tokens down, and train on what is read of them."""
-    from recipes.logits import Recorder
-
-    samples = GLOBAL_BATCH * STEPS
-    manifest = LogitsManifest(
-        format_version=1,
-        about={},
-        vocab_size=PARENT.vocab_size,
-        tokens=LENGTH,
-        top_k=16,
-        stored_as="fp32",
-        num_samples=samples,
-    )
-    recorder = Recorder(teacher, Store.open(folder), manifest, temperature=1.0)
-    mesh, place = layout.mesh, teacher.coordinate
-    done: list[int] = []
-    recorder.run(lambda step: batches(step, mesh, place.data), STEPS, asked_to_stop=lambda: False, tell=done.append)
-    assert done == [STEPS]
+    _record(teacher, folder)
+    mesh = layout.mesh
     stored = StoredLogits.open(folder)
     student = tiny_engine(layout, PRUNED)
     student.load_weights(pruned)
@@ -158,6 +159,96 @@ def _learn_from_recording(layout: Layout, teacher: Engine, pruned: PrunedWeights
     student.close()
     stored.close()
     return steps
+
+
+def _record(teacher: Engine, folder: str) -> None:
+    from recipes.logits import Recorder
+
+    recorder = Recorder(teacher, Store.open(folder), SAID, temperature=1.0)
+    mesh, place = teacher.mesh, teacher.coordinate
+    done: list[int] = []
+    recorder.run(lambda step: batches(step, mesh, place.data), STEPS, asked_to_stop=lambda: False, tell=done.append)
+    assert done == [STEPS]
+
+
+def _learn_from_service(folder: str) -> dict[str, Any]:
+    """Two ranks learn from a teacher on two others, on another mesh: first from what it wrote down, then as it speaks.
+
+    The third time they begin in the middle, as after a stop.
+    """
+    from parallel import groups
+    from recipes.board import Board
+
+    store = groups.host_store() if dist.get_rank() == 0 else None
+    port = [store.port if store else 0]
+    dist.broadcast_object_list(port, src=0)
+    place = Place(rank=0, world_size=2, local_rank=0, ranks_on_node=4, master_address="localhost", master_port=port[0])
+    with worlds((2, 2), "students and teacher") as number:
+        layout = (STUDENTS, TEACHER)[number]
+        groups.enter_mesh(layout.mesh)
+        found = (_be_students if number == 0 else _be_teacher)(Board(place), folder)
+        groups.leave_mesh()
+    every: list[Any] = [None] * 4
+    dist.all_gather_object(every, found)
+    return {"students": every[0], "teacher": every[2]}
+
+
+def _be_students(board: Board, folder: str) -> dict[str, Any]:
+    from recipes.lessons import FromService
+
+    source = InitialWeights(PARENT, 1)
+    pruned = PrunedWeights(source, PARENT, PRUNED, most_important(magnitude_importance(source, PARENT), PARENT, PRUNED))
+    tells = dist.get_rank() == 0
+    (server,) = board.servers(1)
+    found: dict[str, Any] = {}
+    for stage, first in (("recorded", 0), ("whole", 0), ("second half", STEPS // 2)):
+        student = tiny_engine(STUDENTS, PRUNED)
+        student.load_weights(pruned)
+        said: LogitsReader = StoredLogits.open(folder)
+        if stage != "recorded":
+            said = ServedLogits([server], SAID, stage=stage, samples_per_step=GLOBAL_BATCH)
+        reader = FromReader(said, Distillation(weight=0.9), STUDENTS.mesh, this_device(), GLOBAL_BATCH)
+        lesson = reader if stage == "recorded" else FromService(reader, stage, board if tells else None)
+        found[stage] = _taught(student, lesson, range(first, STEPS))
+        student.close()
+        said.close()
+    dist.barrier()
+    if tells:
+        board.ask("heard", 0)
+    return found
+
+
+def _be_teacher(board: Board, folder: str) -> list[int]:
+    """Returns how many samples were held after each step."""
+    from recipes.teacher import Speaker
+
+    teacher = tiny_engine(TEACHER, PARENT, optim=None)
+    teacher.load_weights(InitialWeights(PARENT, 1))
+    _record(teacher, folder)
+    assert teacher.coordinate.data == 0
+    server = LogitsServer("127.0.0.1") if dist.get_rank() == 0 else None
+    if server is not None:
+        board.open_server(0, server.address)
+    held = []
+    for stage, first in (("whole", 0), ("second half", STEPS // 2)):
+        speaker = Speaker(
+            engine=teacher,
+            board=board,
+            server=server,
+            stage=stage,
+            manifest=SAID,
+            samples_per_step=GLOBAL_BATCH,
+            steps_ahead=1,
+            read=read_likeliest(1.0, SAID.top_k),
+        )
+        assert board.first_step(stage) == first
+        for step in range(first, STEPS):
+            speaker.wait_for_turn(step, first)
+            speaker.speak(batches(step, teacher.mesh, 0))
+            held.append(server.num_held if server is not None else 0)
+    board.wait_until_asked("heard", 0)
+    teacher.close()
+    return held
 
 
 def _learn_hidden_states(layout: Layout, teacher: Engine, pruned: PrunedWeights) -> dict[str, Any]:
@@ -280,6 +371,16 @@ def test_what_is_written_down_does_not_depend_on_the_layout(found, name):
     assert mine.log_probabilities_BSK == pytest.approx(its.log_probabilities_BSK, rel=1e-5, abs=1e-5)
     one.close()
     other.close()
+
+
+def test_a_teacher_on_other_ranks_and_another_mesh_teaches_what_it_wrote_down_to_the_last_bit(found):
+    students, held = found["served"]["students"], found["served"]["teacher"]
+    recorded, whole, half = students["recorded"], students["whole"], students["second half"]
+    assert whole[-1].loss < whole[0].loss, "the student learns, so equal curves say something"
+    assert [step.loss for step in whole] == [step.loss for step in recorded]
+    assert [step.metrics for step in whole] == [step.metrics for step in recorded]
+    assert len(half) == STEPS // 2, "a stage that goes on in the middle is taught from there"
+    assert held == [GLOBAL_BATCH * count for count in (1, 2, 2, 2, 1, 2)], "a step ahead, and no more"
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])

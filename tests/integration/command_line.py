@@ -126,9 +126,9 @@ def has_step(runs_dir: Path, recipe: str, step: int) -> bool:
     return run is not None and any(each["step"] >= step for each in records(run, "step"))
 
 
-def pids_of_ranks(run: Path) -> list[int]:
+def pids_of_ranks(run: Path, world: str = "rank") -> list[int]:
     """Process ids of the newest attempt, by rank."""
-    logs = sorted((run / "logs").glob("rank-*.log"))
+    logs = sorted((run / "logs").glob(f"{world}-*.log"))
     return [int(re.findall(r"process (\d+)", log.read_text())[-1]) for log in logs]
 
 

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from command_line import TINY_FOUNDATION, TINY_MODEL, TINY_VARIANTS, Ended, environment, losses, records, run_in, train
+from command_line import (
+    TINY_FOUNDATION,
+    TINY_MODEL,
+    TINY_VARIANTS,
+    Ended,
+    environment,
+    has_step,
+    held,
+    is_alive,
+    losses,
+    pids_of_ranks,
+    records,
+    run_in,
+    started,
+    train,
+    wait_for,
+)
 
 from conf import load
+from train.loop import STOP_POLL_SECONDS
 
 pytestmark = pytest.mark.timeout(420)
 
@@ -147,13 +167,14 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(tmp_path: Path):
     assert re.search(r"log +\S+rank-0000[01]\.log", ended.output)
 
 
-def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from_also_with_documents_apart(
-    whole: Ended, tmp_path: Path
-):
-    copied = tmp_path / "copied"
+@pytest.fixture(scope="module")
+def copied(whole: Ended, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """A run from a checkpoint that was copied out of its own, with documents apart and what teachers can give."""
+    folder = tmp_path_factory.mktemp("copied")
+    copied = folder / "model"
     shutil.copytree(json.loads((whole.run / "config.json").read_text())["init"], copied)
     ended = train(
-        tmp_path / "runs",
+        folder / "runs",
         "recipe=business_module",
         # Besides, a teacher whose logits are written down and read, and one whose hidden states are learned.
         "order=[specialise,logits,distill,recover,evaluate,export]",
@@ -170,22 +191,70 @@ def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from_also_with_do
         "data.reset_at_documents=true",
     )
     assert ended.code == 0, ended.output
-    assert "no n-gram beside init" in ended.output
+    return ended
+
+
+def test_a_checkpoint_copied_out_of_its_run_is_enough_to_start_from_also_with_documents_apart(copied: Ended):
+    assert "no n-gram beside init" in copied.output
     steps = {
-        stage: [each for each in records(ended.run, "step") if each["stage"] == stage]
+        stage: [each for each in records(copied.run, "step") if each["stage"] == stage]
         for stage in ("distill", "recover")
     }
     assert all(0 < step["metrics"]["divergence"] for step in steps["distill"])
     assert all(0 < step["metrics"]["hidden_states"] < step["loss"] for step in steps["recover"])
-    assert (ended.run / "logits" / "logits" / "logits.json").exists()
-    assert (ended.run / "export" / "specialise" / "model.safetensors").exists()
-    assert "document by document" in (ended.run / "logs" / "rank-00000.log").read_text(), "documents were kept apart"
+    assert (copied.run / "logits" / "logits" / "logits.json").exists()
+    assert (copied.run / "export" / "specialise" / "model.safetensors").exists()
+    assert "document by document" in (copied.run / "logs" / "rank-00000.log").read_text(), "documents were kept apart"
     # And so FLOPs are those of the documents, by the rows of rank 0.
-    model = load.read(ended.run / "config.json").model
-    steps = [step for step in records(ended.run, "step") if step["stage"] == "specialise"]
+    model = load.read(copied.run / "config.json").model
+    steps = [step for step in records(copied.run, "step") if step["stage"] == "specialise"]
     flops = [2e12 * step["model_tflops"] / step["tokens_per_second"] for step in steps]
     assert min(flops) < max(flops) <= model.train_flops_per_token(64) * (1 + 1e-9)
     assert min(flops) > model.train_flops_per_token(1)
+
+
+def test_a_teacher_on_ranks_of_its_own_stops_goes_on_and_fails_with_its_students(copied: Ended, tmp_path: Path):
+    """Ctrl-C, another mesh of the teacher, then SIGKILL of one of its ranks; it says what was written down of it."""
+    specialised = json.loads((copied.run / "stages" / "specialise" / "result.json").read_text())["checkpoint"]
+    overrides = (
+        "recipe=business_module",
+        "order=[distill]",
+        f"init={specialised}",
+        "stages.distill.distillation={teacher: init, top_k: 8, service: {mesh: {data: 1}}}",
+        *TINY_MODEL,
+        *TINY_VARIANTS,
+        "stages.distill.training.validate_every_steps=1",  # so that there is time to act after each
+        "tracking.mode=disabled",
+        "data.reset_at_documents=true",
+        "engine.mesh.data=1",
+    )
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    with started(tmp_path, *overrides, log=first) as process:
+        wait_for(lambda: has_step(tmp_path, "business_module", 1), 120, "step 1")
+        run = run_in(tmp_path, "business_module")
+        assert run is not None
+        pids = [*pids_of_ranks(run), *pids_of_ranks(run, "teacher")]
+        with held(run, rank=0):
+            os.killpg(process.pid, signal.SIGINT)
+            wait_for((run / "STOP").exists, 20, "the driver has passed it on")
+            time.sleep(STOP_POLL_SECONDS)
+        assert process.wait(60) == 75, first.read_text()
+    assert len(pids) == 2
+    wait_for(lambda: not any(map(is_alive, pids)), 10, "the teacher is gone with its student")
+    stopped_at = max(losses(run, "distill"))
+    wider = "stages.distill.distillation.service={mesh: {tensor: 2}}"
+    with started(tmp_path, "recipe=business_module", "resume=latest", wider, log=second) as process:
+        wait_for(lambda: has_step(tmp_path, "business_module", stopped_at + 1), 120, "a step more")
+        with held(run, rank=0):
+            os.kill(pids_of_ranks(run, "teacher")[1], signal.SIGKILL)
+            status = run / "status.json"
+            wait_for(lambda: json.loads(status.read_text())["status"] == "failed", 10, "the run has ended")
+        assert process.wait(60) == 1
+    assert "Teacher 1 failed" in second.read_text()
+    assert str(run / "logs" / "teacher-00001.log") in second.read_text()
+    taught, written = losses(run, "distill"), losses(copied.run, "distill")
+    assert sorted(taught) == list(range(1, len(taught) + 1)) and len(taught) > stopped_at
+    assert taught == pytest.approx({step: written[step] for step in taught}, abs=1e-5)
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_launch(whole: Ended, tmp_path: Path):
