@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from conf.errors import Problem
 from conf.schema import RunConfig
 from parallel.plan.divides import divisors
-from recipes import fit, rules_engine, rules_experts, rules_layout
+from recipes import fit, rules_engine, rules_experts, rules_layout, rules_precision
 from recipes.chain import for_stage, is_here
 from recipes.machine import Machine
 from recipes.rules_layout import mesh_of
@@ -24,6 +24,7 @@ LAYOUT_RULES = (
     rules_layout.batches_are_shared_evenly,
     *rules_engine.RULES,
     *rules_experts.RULES,
+    *rules_precision.RULES,
 )
 """What the teacher's own axes must divide, and its backend offer."""
 
@@ -84,7 +85,8 @@ def teachers_layouts_are_possible(config: RunConfig, machine: Machine) -> Iterat
         at = as_teacher(config, name, service, teacher)
         for rule in LAYOUT_RULES:
             for problem in rule(at, machine):
-                yield Problem(*(text.replace("engine.", f"{path}.") for text in (problem.path, problem.message)))
+                where, told = (text.replace("engine.", f"{path}.") for text in (problem.path, problem.message))
+                yield Problem(where, told if where.startswith(path) else f"{told} So it is on the mesh of {path}.")
         tensor, ranks_per_node = service.mesh.tensor, config.cluster.ranks_per_node
         if config.cluster.num_nodes > 1 and ranks_per_node is not None:
             first = mesh_of(config).world_size

@@ -56,7 +56,7 @@ def test_a_teachers_ranks_come_after_the_students_and_are_part_of_the_machine():
         (
             {f"{DISTILLATION}service__mesh": MeshConfig(data=3)},
             "stages.distill.training.global_batch",
-            ["3 data ranks", "Nearest"],
+            ["3 data ranks", "Nearest", "on the mesh of stages.distill.distillation.service"],
         ),
         (
             {f"{DISTILLATION}service__sequence_parallel": True},
