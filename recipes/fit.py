@@ -80,17 +80,18 @@ def serving_of_stage(config: RunConfig, name: str) -> Serving | None:
     return Serving(teacher=teacher, layout=layout, worst=serving_memory(teacher, layout))
 
 
+def served_seconds(config: RunConfig, name: str, gpu: Gpu) -> float:
+    """What a stage's teacher takes for a step on GPUs of its own, beside the student; 0 where it has none."""
+    serving = serving_of_stage(config, name)
+    return 0.0 if serving is None else teacher_seconds(serving.teacher, serving.layout, gpu)
+
+
 def step_of_stage(config: RunConfig, name: str, gpu: Gpu) -> StepTime:
-    """Time of a step of a training stage, its teacher's part included."""
+    """Time of a step of a training stage, its teacher's part included: beside the student, the slower one decides."""
     shape, layout = shape_of_stage(config, name), layout_of_stage(config, name)
-    step, serving = (
-        step_time(shape, layout, gpu, teacher=teaching_of_stage(config, name)),
-        serving_of_stage(config, name),
-    )
-    if serving is None:
-        return step
-    # They work side by side: the slower one decides.
-    return replace(step, teacher=max(0.0, teacher_seconds(serving.teacher, serving.layout, gpu) - step.seconds))
+    step = step_time(shape, layout, gpu, teacher=teaching_of_stage(config, name))
+    waited = served_seconds(config, name, gpu) - step.seconds
+    return replace(step, teacher=waited) if waited > 0 else step
 
 
 def fullest_of(config: RunConfig) -> tuple[str, StageMemory] | None:

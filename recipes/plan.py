@@ -250,12 +250,15 @@ def stage_plan(
 
 def _better(config: RunConfig, name: str, gpu: Gpu, step: StepTime) -> Better | None:
     best = fastest(fit.task_of(config, name, gpu), partial(fit.refusal_in_place, config, name))
-    if best is None or step.seconds < (1 + WORTH_CHANGING) * best.step.seconds:
+    if best is None:
+        return None
+    seconds = max(best.step.seconds, fit.served_seconds(config, name, gpu))
+    if step.seconds < (1 + WORTH_CHANGING) * seconds:
         return None
     return Better(
         overrides=fit.overrides_to(config, name, best.layout),
         layout=best.layout,
-        gain=step.seconds / best.step.seconds - 1,
+        gain=step.seconds / seconds - 1,
         worst=best.worst,
         step=best.step,
     )

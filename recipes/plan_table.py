@@ -70,7 +70,7 @@ def _rows(plan: Plan, stage: StagePlan) -> dict[str, str]:
             + (f", {byte_size(disk)} on a local disk" if (disk := stage.worst.disk_optimizer) else "")
         ),
         "speed": f"{training.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, {percent(training.mfu)} MFU",
-        "steps": f"{stage.num_steps:,} of {training.seconds:.2f} s, {count(stage.tokens)} tokens",
+        "steps": f"{stage.num_steps:,} of {training.seconds:.2f} s, {count(stage.tokens)} tokens" + waiting_of(stage),
         "goodput": (
             f"{percent(stage.goodput)}, {stage.failures:.1f} failures expected "
             f"({percent(stage.best_goodput)} with saves every {duration(saves.best_interval_seconds)})"
@@ -106,6 +106,14 @@ def model_of(stage: StagePlan) -> str:
             f"({axes(at.layout)}, {byte_size(at.worst.needed)} a GPU)"
         )
     return told if stage.teacher is None else f"{told}, taught by {count(stage.teacher.shape.num_parameters)}"
+
+
+def waiting_of(stage: StagePlan) -> str:
+    """How long students wait for a teacher on GPUs of its own; more data ranks make it faster."""
+    if stage.serving is None:
+        return ""
+    share = stage.step.teacher / stage.step.seconds
+    return f"; {percent(share)} of them waiting for the teacher" if share else "; the teacher is done before"
 
 
 def axes(layout: Layout) -> str:

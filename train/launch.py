@@ -236,6 +236,9 @@ class Gang:
 class _RankActor:
     """One rank's process."""
 
+    def __init__(self) -> None:
+        self.store: Any = None
+
     def where(self) -> tuple[str, str]:
         """Node id and the address other nodes reach it by; what every run needs is imported while others start."""
         import ray
@@ -253,7 +256,7 @@ class _RankActor:
 
     def run(self, place: Place, run_dir: str, entry: str) -> RankOutcome:
         """See `train.worker.run_rank`."""
-        return run_rank(place, run_dir, entry, self.store if place.rank == 0 else None)
+        return run_rank(place, run_dir, entry, self.store)
 
 
 def _warm_up() -> None:

@@ -9,6 +9,8 @@ from conf.schema import HiddenStatesConfig, MeshConfig, ServiceConfig
 from parallel.plan.hardware import gpu_named
 from recipes import chain, check, fit
 from recipes.driver import worlds_of
+from recipes.plan import stage_plan
+from recipes.plan_table import model_of, waiting_of
 from recipes.reopen import computed
 
 SERVICE = ServiceConfig(mesh=MeshConfig())
@@ -103,8 +105,15 @@ def test_students_have_the_memory_of_their_teacher_and_wait_for_it_only_where_it
     assert fit.step_of_stage(many, "distill", gpu) == alone, "the teacher is done before the student"
     slow = fit.serving_of_stage(few, "distill")
     assert slow.layout.num_gpus == 8
-    assert fit.step_of_stage(few, "distill", gpu).seconds > 10 * alone.seconds
+    waiting = fit.step_of_stage(few, "distill", gpu)
+    assert (
+        waiting.seconds == pytest.approx(fit.served_seconds(few, "distill", gpu))
+        and waiting.seconds > 10 * alone.seconds
+    )
     assert slow.worst.needed < gpu.memory_bytes
+    made = stage_plan(few, "distill", few.cluster.hardware, gpu)
+    assert made.num_gpus == made.layout.num_gpus + 8 and made.step == waiting
+    assert "waiting for the teacher" in waiting_of(made) and "on 8 GPUs of its own" in model_of(made)
 
 
 def test_a_job_has_the_ranks_of_a_teacher_only_for_its_own_stages():
