@@ -36,6 +36,7 @@ def engine_of_service(config: RunConfig, service: ServiceConfig) -> EngineConfig
         sequence_parallel=service.sequence_parallel,
         zero_stage=1,  # both backends have it in every precision; there is nothing to split
         offload_optimizer="none",
+        offload_directory=None,
         recompute="none",
         offload_activations=False,
     )
