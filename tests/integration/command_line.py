@@ -67,10 +67,15 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def started(runs_dir: Path, *overrides: str, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m train` in the background; its whole process group is ended with the block."""
+    """`python -m train` in the background; its whole process group is ended with the block.
+
+    Text is prepared once for all, where `$PREPARED_TEXT` (set for the tests of this folder) says.
+    """
+    is_new = not any(text.startswith("resume=") for text in overrides)
+    cache = [f"data.cache_dir={os.environ['PREPARED_TEXT']}"] if is_new else []
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "train", f"runs_dir={runs_dir}", *overrides],
+            [sys.executable, "-m", "train", f"runs_dir={runs_dir}", *cache, *overrides],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -159,10 +159,10 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_the_earlier_checkpoint_usa
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("this machine does not let root mount a tmpfs")
-    cache, output = f"data.cache_dir={tmp_path / 'cache'}", tmp_path / "output.txt"
+    output = tmp_path / "output.txt"
     try:
         every_step = "stages.pretrain.training.checkpoint_every_steps=1"
-        with started(disk, *SLOW_STEPS, cache, every_step, "engine.mesh.data=1", log=output) as process:
+        with started(disk, *SLOW_STEPS, every_step, "engine.mesh.data=1", log=output) as process:
             wait_for(lambda: has_step(disk, "foundation", 4), 120, "step 4")
             run = run_in(disk, "foundation")
             assert run is not None
@@ -172,7 +172,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_the_earlier_checkpoint_usa
             assert process.wait(60) == 1
         assert "No space left" in output.read_text()
         (disk / "filler").unlink()
-        ended = train(disk, "recipe=foundation", "resume=latest", cache)
+        ended = train(disk, "recipe=foundation", "resume=latest")
         assert ended.code == 0, ended.output
         assert losses(ended.run) == pytest.approx(reference, abs=1e-5)
     finally:

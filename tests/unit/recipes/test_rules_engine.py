@@ -4,14 +4,13 @@ import importlib.util
 from dataclasses import replace
 
 import pytest
-from check_samples import BIG_DISK, LAPTOP, assert_told, changed, full_size, layout, problems_of, rehearsal
+from check_samples import BIG_DISK, LAPTOP, assert_told, changed, composed, full_size, layout, problems_of, rehearsal
 
-from conf import load
 from recipes import check
 
 
 def deepspeed(**values):
-    return changed(load.compose(["recipe=foundation", "engine=deepspeed"]), **values)
+    return changed(composed("foundation", "engine=deepspeed"), **values)
 
 
 def test_both_engines_rehearse_a_foundation_as_they_come():
@@ -21,7 +20,7 @@ def test_both_engines_rehearse_a_foundation_as_they_come():
 
 def test_both_engines_train_a_foundation_at_full_size_as_they_come():
     config = full_size("foundation")
-    both = load.compose(["recipe=foundation", "engine=deepspeed", "cluster=h200_ray"]).engine
+    both = composed("foundation", "engine=deepspeed", "cluster=h200_ray").engine
     assert problems_of(config, BIG_DISK) == {}
     assert problems_of(changed(config, engine=both), BIG_DISK) == {}
 
@@ -55,7 +54,7 @@ def test_deepspeed_does_not_add_up_gradients_in_bf16():
 
 
 def test_deepspeed_trains_dense_models_only():
-    config = load.compose(["recipe=foundation", "engine=deepspeed", "model=mixtral_8x7b"])
+    config = composed("foundation", "engine=deepspeed", "model=mixtral_8x7b")
     assert_told(config, "engine.backend", "has experts", "engine=megatron")
 
 

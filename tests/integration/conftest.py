@@ -1,0 +1,16 @@
+"""What all tests of whole runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_text(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[None]:
+    """One cache of prepared text for all runs of a session, those of the other worker included."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREPARED_TEXT", str((base if worker_id == "master" else base.parent) / "prepared"))
+        yield
