@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from heapq import heappop, heappush
+from itertools import count, pairwise, product
 
 from parallel.plan.divides import batch_multiple, divisors, pieces_of_sequence, tensor_sizes
 from parallel.plan.hardware import Gpu
@@ -86,7 +87,7 @@ def search(task: Task, refuses: Refusal = lambda layout: None) -> Found:
         if leanest is None or worst.needed < leanest.needed:
             leanest = worst
         if worst.needed <= task.gpu.memory_bytes:
-            fitting.append(_timed(task, layout, worst))
+            fitting.append(Candidate(layout=layout, step=_step_of(task, layout), worst=worst))
     fitting.sort(key=_time_then_memory)
     front: list[Candidate] = []
     runner_up: Candidate | None = None
@@ -107,37 +108,40 @@ def search(task: Task, refuses: Refusal = lambda layout: None) -> Found:
 
 
 def fastest(task: Task, refuses: Refusal = lambda layout: None) -> Candidate | None:
-    """The first of the front alone, found in half the time; None where no layout fits and is allowed.
+    """The first of the front alone, found in a fraction of the time; None where no layout fits and is allowed.
 
     What is recomputed must be no reason to refuse: a layout is looked at with the least recomputation that fits.
     """
-    return next((candidate for candidate in _fastest_first(task) if refuses(candidate.layout) is None), None)
+    # Memory, and the time with more recomputation, are found only of layouts that come before the fastest that fits.
+    more, number = dict(pairwise(task.recompute)), count()
+    heap: list[tuple[float, float, int, Layout, StepTime, StageMemory | None]] = [
+        (step.seconds, 0.0, next(number), layout, step, None) for layout, step in _fastest_first(task)
+    ]
+    while heap:
+        seconds, _, _, layout, step, worst = heappop(heap)
+        if worst is not None:
+            if refuses(layout) is None:
+                return Candidate(layout=layout, step=step, worst=worst)
+            continue
+        worst = worst_stage(task.shape, layout, task.teacher)
+        if worst.needed <= task.gpu.memory_bytes:
+            heappush(heap, (seconds, worst.needed, next(number), layout, step, worst))
+        elif layout.recompute in more:
+            layout = replace(layout, recompute=more[layout.recompute])
+            step = _step_of(task, layout)
+            heappush(heap, (step.seconds, 0.0, next(number), layout, step, None))
+    return None
 
 
 @lru_cache(maxsize=64)
-def _fastest_first(task: Task) -> tuple[Candidate, ...]:
-    """Layouts that fit, each with the least recomputation; cached, as stages of a recipe often are one task."""
-    fitting: dict[Hashable, Candidate] = {}
-    for layout in layouts(task):
-        at = (
-            layout.tensor,
-            layout.context,
-            layout.pipeline,
-            layout.expert,
-            layout.micro_batch,
-            layout.virtual_pipeline,
-        )
-        key = (*at, layout.precision, layout.sharding, layout.stack.name)
-        if key not in fitting:
-            worst = worst_stage(task.shape, layout, task.teacher)
-            if worst.needed <= task.gpu.memory_bytes:
-                fitting[key] = _timed(task, layout, worst)
-    return tuple(sorted(fitting.values(), key=_time_then_memory))
+def _fastest_first(task: Task) -> tuple[tuple[Layout, StepTime], ...]:
+    """Layouts with the least recomputation; cached, as stages of a recipe often are one task."""
+    least = layouts(replace(task, recompute=task.recompute[:1]))
+    return tuple(sorted(((layout, _step_of(task, layout)) for layout in least), key=lambda timed: timed[1].seconds))
 
 
-def _timed(task: Task, layout: Layout, worst: StageMemory) -> Candidate:
-    step = step_time(task.shape, layout, task.gpu, teacher=task.teacher)
-    return Candidate(layout=layout, step=step, worst=worst)
+def _step_of(task: Task, layout: Layout) -> StepTime:
+    return step_time(task.shape, layout, task.gpu, teacher=task.teacher)
 
 
 def _time_then_memory(candidate: Candidate) -> tuple[float, float]:
@@ -151,7 +155,7 @@ def smallest_cluster(task: Task, refuses: Refusal = lambda layout: None, most: i
     """
     node = task.gpu.gpus_per_node
     counts = {node * size << power for size in divisors(task.shape.layers) for power in range(most.bit_length())}
-    for num_gpus in sorted(count for count in counts if count <= most):
+    for num_gpus in sorted(total for total in counts if total <= most):
         at = replace(task, num_gpus=num_gpus)
         worst = ((layout, worst_stage(task.shape, layout, task.teacher)) for layout in layouts(at))
         fitting = (layout for layout, stage in worst if stage.needed <= task.gpu.memory_bytes)
