@@ -41,26 +41,22 @@ def main(run: Callable[[RunConfig], int], finish: Callable[[], None] = lambda: N
     Faults of the configuration, and any `UserError` of `run`, are printed and exit with 2. A sweep goes on after a job
     that failed (1), and ends with one that was stopped or refused (anything else).
     """
-    import hydra
     from hydra._internal.utils import get_args_parser
-    from hydra.core.hydra_config import HydraConfig
 
-    given = get_args_parser().parse_args()
+    parser = get_args_parser()
+    given = parser.parse_args()
     if given.help:
         print(help.text(_config_dirs(given.config_dir)))
         sys.exit(0)
     overrides = list(given.overrides)
-    sys.argv[1:] = [_forced(word) if word in overrides else word for word in sys.argv[1:]]
-    # Without this Hydra prints faults in its own words and exits with 1.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    asks_hydra = vars(given) | {"overrides": [], "config_dir": None} != vars(parser.parse_args([]))
+    asks_hydra = asks_hydra or any(text.lstrip("+~").startswith("hydra") for text in overrides)
     codes: list[int] = []
 
-    def task(composed: DictConfig) -> None:
-        # Of a sweep, these are the overrides of this one job.
-        typed = [str(text).removeprefix("++") for text in HydraConfig.get().overrides.task]
+    def start(config: RunConfig) -> None:
         codes.append(1)
         try:
-            codes[-1] = run(_decode(composed, typed))
+            codes[-1] = run(config)
         except UserError as error:
             _refuse(error)
         if codes[-1] not in (0, 1):
@@ -73,7 +69,12 @@ def main(run: Callable[[RunConfig], int], finish: Callable[[], None] = lambda: N
             _decode(_compose(overrides, given.config_dir), overrides)
         if given.multirun:
             _check_jobs(overrides, given.config_dir)
-        hydra.main(config_path=str(CONF), config_name="config", version_base=None)(task)()
+        if asks_hydra:
+            _hydra_main(overrides, start)
+        else:
+            # Hydra's own entry composes twice, the first time to learn that it is no sweep.
+            with _hydra(given.config_dir):
+                start(_decode(_compose(overrides, given.config_dir), overrides))
         finish()
     except _composition_errors() as error:
         _refuse(ConfigError(_diagnose(error, overrides, config_dir=given.config_dir, sweep=given.multirun)))
@@ -84,6 +85,21 @@ def main(run: Callable[[RunConfig], int], finish: Callable[[], None] = lambda: N
             raise
         _refuse(ConfigError([Problem("runs_dir", f"the record of the sweep cannot be written there ({error})")]))
     sys.exit(max(codes, default=0))
+
+
+def _hydra_main(overrides: Sequence[str], start: Callable[[RunConfig], None]) -> None:
+    """Let Hydra act on the whole command line: sweeps, `--cfg`, `--info` and what else it has."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    def task(composed: DictConfig) -> None:
+        # Of a sweep, these are the overrides of this one job.
+        start(_decode(composed, [str(text).removeprefix("++") for text in HydraConfig.get().overrides.task]))
+
+    sys.argv[1:] = [_forced(word) if word in overrides else word for word in sys.argv[1:]]
+    # Without this Hydra prints faults in its own words and exits with 1.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    hydra.main(config_path=str(CONF), config_name="config", version_base=None)(task)()
 
 
 def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> RunConfig:
@@ -222,32 +238,40 @@ def _forced(override: str) -> str:
 @contextmanager
 def _hydra(config_dir: Path | str | None) -> Iterator[Callable[[str], list[str]]]:
     """Hydra made ready (or the one already running within `main`); yields the options of a group."""
-    from hydra import initialize_config_dir
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
 
     def group_options(group: str) -> list[str]:
-        known = set(GlobalHydra.instance().config_loader().get_group_options(group))
-        extra = Path(config_dir, group) if config_dir is not None else None
-        return sorted(known | ({file.stem for file in extra.glob("*.yaml")} if extra is not None else set()))
+        return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
 
-    _register_resolvers()
     if GlobalHydra.instance().is_initialized():
         yield group_options
-    else:
-        with initialize_config_dir(str(CONF), version_base=None):
-            yield group_options
+        return
+    _register_resolvers()
+    version.setbase(None)
+    search_path = create_config_search_path(str(CONF))
+    if config_dir is not None:
+        further = f"file://{Path(config_dir).resolve()}"
+        search_path.prepend("command-line", further, anchor=SearchPathQuery(provider="schema"))
+    Hydra.create_main_hydra2("train", search_path)
+    try:
+        yield group_options
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def _compose(overrides: Sequence[str], config_dir: Path | str | None) -> DictConfig:
     import hydra
 
     _require_directory(config_dir)
-    further = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
     # Typed twice, the last counts: a resumed run composes what it began with and then what is typed now.
     last = {override.partition("=")[0]: position for position, override in enumerate(overrides)}
     typed = [overrides[position] for position in sorted(last.values())]
     with _hydra(config_dir):
-        return hydra.compose("config", [*further, *(_forced(override) for override in typed)])
+        return hydra.compose("config", [_forced(override) for override in typed])
 
 
 def _check_jobs(overrides: Sequence[str], config_dir: str | None) -> None:
