@@ -278,7 +278,7 @@ def _chart(
             drawing += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{colour}"/>' for x, y in known]
         if len(series) > 1:
             # Beside the title, where no curve comes.
-            x = left + 122 + 170 * number
+            x = left + 122 + 188 * number
             drawing.append(f'<line x1="{x}" x2="{x + 18}" y1="12" y2="12" stroke="{colour}" stroke-width="2.4"/>')
             drawing.append(_text((x + 24, 16), name))
     return drawing
