@@ -15,7 +15,7 @@ from pathlib import Path
 
 from conf import load
 from conf.errors import UserError
-from conf.schema import RunConfig, TrainingStage
+from conf.schema import DistillStage, RecoverStage, RunConfig, TrainingStage
 from train.facts import facts
 from train.metrics import FILE_NAME, read
 from train.quantities import byte_size, count, duration, estimate, percent
@@ -147,9 +147,11 @@ def _learning(config: RunConfig, summary: RunSummary) -> str:
         ),
     )
     cards = "".join(f'<div class="card"><h3>{title}</h3>{figure}</div>' for title, figure in curves)
+    has_teacher = any(isinstance(stage, RecoverStage | DistillStage) for stage in config.stages.values())
+    taught = " Of a stage that learns from a teacher, training loss is the divergence from it." if has_teacher else ""
     return (
         '<h2>Learning</h2><p class="said">Thin: every step. Thick: running mean. '
-        "Dots: held-out text, with standard errors.</p>"
+        f"Dots: held-out text, with standard errors.{taught}</p>"
         f'<div class="card">{loss_figure(summary)}</div><div class="three">{cards}</div>'
     )
 

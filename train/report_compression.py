@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from train.quantities import byte_size, count, estimate, percent
@@ -18,6 +18,8 @@ def compression_sections(summary: RunSummary) -> Iterator[str]:
         yield _targets(summary.targets)
     if len(summary.variants) > 1:
         yield _variants(summary)
+    if summary.speeds:
+        yield _speeds(summary.speeds)
     if summary.tasks:
         yield _tasks(summary.tasks)
     for stage in dict.fromkeys(each["stage"] for each in summary.candidates):
@@ -79,7 +81,6 @@ def _targets(targets: Sequence[Target]) -> str:
 
 def _variants(summary: RunSummary) -> str:
     scores = {(each["model"], each["source"]): each for each in summary.evaluations}
-    speeds = {each["model"]: each for each in summary.speeds}
     rows = []
     for each in summary.variants:
         row = [escape(each["model"]), count(each["num_parameters"]), byte_size(each["weight_bytes"])]
@@ -87,42 +88,44 @@ def _variants(summary: RunSummary) -> str:
             score = scores.get((each["model"], source))
             error = 100 * score["accuracy_standard_error"] if score else 0
             row.append(f"{percent(score['accuracy'])} &plusmn; {error:.1f}" if score else "")
-        row.append(f"{count(each['prefill_tokens_per_second'])} tokens/s")
-        if speeds:
-            row += _speed_cells(speeds[each["model"]]) if each["model"] in speeds else ["", "", ""]
-        rows.append(row)
-    head = [
-        "model",
-        "parameters",
-        "weights on disk",
-        *(f"accuracy: {escape(each)}" for each in summary.sources),
-        "scored",
-        *(["in memory", "reads", "writes"] if speeds else []),
-    ]
-    said = (
-        "Scored: all held-out text by all ranks of this run. "
-        "INT8 and FP8 are computed in floating point, so their rows say nothing of the speed of their kernels."
-    )
-    if speeds:
-        first = summary.speeds[0]
-        said += (
-            f" Reads and writes: the exported model in transformers on one {first['device'].upper()} device, one row, "
-            f"a prompt of {first['prompt_tokens']} tokens; medians over rounds, with quartiles."
-        )
+        rows.append([*row, f"{count(each['prefill_tokens_per_second'])} tokens/s"])
+    accuracies = [f"accuracy: {escape(each)}" for each in summary.sources]
+    head = ["model", "parameters", "weights on disk", *accuracies, "scored"]
     return (
-        f'<h2>Variants</h2><p class="said">{said}</p>'
+        '<h2>Variants</h2><p class="said">Scored: all held-out text by all ranks of this run. INT8 and FP8 are '
+        "computed in floating point, so their rows say nothing of the speed of their kernels.</p>"
         f"<div class='card'>{table(head, rows, numbers=frozenset(range(1, len(head))))}</div>"
     )
 
 
-def _speed_cells(speed: Speed) -> list[str]:
-    prompt, prefill, decode = speed["prompt_tokens"], speed["prefill_seconds"], speed["decode_seconds"]
-    reads = (
-        f"{count(prompt / prefill['median'])} ({count(prompt / prefill['high'])} to {count(prompt / prefill['low'])})"
+def _speeds(speeds: Sequence[Speed]) -> str:
+    rows = []
+    for each in speeds:
+        prompt, reads, writes = each["prompt_tokens"], each["prefill_seconds"], each["decode_seconds"]
+        rows.append(
+            [
+                escape(each["model"]),
+                byte_size(each["disk_bytes"]),
+                byte_size(each["memory_bytes"]),
+                f"{_rate(prompt, reads)} tokens/s",
+                f"{_rate(1, writes)} tokens/s",
+                f"{1e3 * reads['median']:.1f} ms",
+                f"{1e3 * writes['median']:.1f} ms",
+            ]
+        )
+    head = ["model", "on disk", "in memory", "reads", "writes", "first token after", "a token"]
+    device, prompt = speeds[0]["device"].upper(), speeds[0]["prompt_tokens"]
+    return (
+        f'<h2>Speed of the exported models</h2><p class="said">In transformers on one {device} device, one row, a '
+        f"prompt of {prompt} tokens; medians over rounds, with quartiles.</p>"
+        f"<div class='card'>{table(head, rows, numbers=frozenset(range(1, len(head))))}</div>"
     )
-    writes = f"{count(1 / decode['median'])} ({count(1 / decode['high'])} to {count(1 / decode['low'])})"
-    waits = f"{1e3 * prefill['median']:.1f} ms, then {1e3 * decode['median']:.1f} ms a token"
-    return [byte_size(speed["memory_bytes"]), f"{reads} tokens/s", f"{writes} tokens/s\n{waits}"]
+
+
+def _rate(tokens: int, seconds: Mapping[str, float]) -> str:
+    return (
+        f"{count(tokens / seconds['median'])} ({count(tokens / seconds['high'])} to {count(tokens / seconds['low'])})"
+    )
 
 
 def _tasks(tasks: Sequence[Task]) -> str:

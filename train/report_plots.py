@@ -124,7 +124,9 @@ def loss_figure(summary: RunSummary) -> str:
         axes.set_xlabel("tokens trained on, all stages")
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        axes.legend(unique.values(), unique.keys(), loc="upper right", ncols=min(len(unique), 4), handlelength=1.4)
+        # Below, since no corner is free in every run.
+        place = {"loc": "outside lower center", "ncols": min(len(unique), 4), "handlelength": 1.4}
+        figure.legend(unique.values(), unique.keys(), **place)
         return _svg(figure, "loss")
 
 
@@ -192,7 +194,7 @@ def comparison_figure(comparisons: Sequence[Comparison]) -> str:
         axes = figure.subplots()
         axes.axvline(0, color=COLOURS["muted"], linewidth=1.1)
         for row, each in enumerate(comparisons):
-            clear = exceeds_noise(each)
+            clear, side = exceeds_noise(each), 1 if each["gain"] > 0 else -1
             colour = COLOURS["best" if clear else "muted"]
             axes.errorbar(
                 each["gain"],
@@ -207,50 +209,49 @@ def comparison_figure(comparisons: Sequence[Comparison]) -> str:
             )
             axes.annotate(
                 estimate(each["gain"], each["standard_error"]),
-                (each["gain"] + 3 * each["standard_error"], row),
-                xytext=(9, 0),
+                (each["gain"] + 3 * side * each["standard_error"], row),
+                xytext=(9 * side, 0),
                 textcoords="offset points",
+                ha="left" if side > 0 else "right",
                 va="center",
             )
         names = [f"{each['model']} over {each['baseline']}, {each['source']}" for each in comparisons]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xmargin(0.16)
+        axes.set_xmargin(0.26)  # room for the numbers on either side
         axes.set_xlabel("gain, nats a token (right of zero is better); bars are three standard errors")
         _darken_names(axes)
         return _svg(figure, "comparison")
 
 
 def candidate_figure(candidates: Sequence[Candidate]) -> str:
-    """Shapes that were tried: loss before recovery over size; the first is the model they are cut out of."""
+    """Shapes that were tried, by loss before recovery; the first is the model they are cut out of."""
     chosen = min(candidates[1:] or candidates, key=lambda each: each["loss"])
     with rc_context({**STYLE, "axes.grid.axis": "both"}):
-        figure = Figure(figsize=(10.4, 3.0), layout="constrained")
+        figure = Figure(figsize=(10.4, 0.75 + 0.34 * len(candidates)), layout="constrained")
         axes = figure.subplots()
-        for each in candidates:
-            colour = COLOURS["best" if each is chosen else "muted" if each is candidates[0] else "train"]
+        for row, each in enumerate(candidates):
             axes.errorbar(
-                100 * each["size_ratio"],
                 each["loss"],
-                yerr=each["standard_error"],
+                row,
+                xerr=each["standard_error"],
                 fmt="o",
-                color=colour,
-                markersize=6,
-                elinewidth=1.4,
+                color=COLOURS["best" if each is chosen else "muted" if each is candidates[0] else "train"],
+                markersize=6.5,
+                elinewidth=1.6,
                 capsize=3,
             )
-            axes.annotate(
-                f"{each['num_layers']} x {each['hidden_size']:,}, "
-                + (f"{each['num_experts']} x " if each["num_experts"] > 1 else "")
-                + f"FFN {each['ffn_hidden_size']:,}",
-                (100 * each["size_ratio"], each["loss"]),
-                xytext=(7, 4),
-                textcoords="offset points",
-                fontsize=8,
-            )
-        axes.set_xlabel("size, % of the model they are cut out of")
-        axes.set_ylabel("loss, nats a token")
-        axes.set_xmargin(0.2)
+        names = [
+            f"{each['num_layers']} x {each['hidden_size']:,}, "
+            + (f"{each['num_experts']} x " if each["num_experts"] > 1 else "")
+            + f"FFN {each['ffn_hidden_size']:,}: {100 * each['size_ratio']:.1f} %"
+            for each in candidates
+        ]
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel("loss before recovery, nats a token")
+        axes.set_xmargin(0.08)
+        _darken_names(axes)
         return _svg(figure, f"candidates-{candidates[0]['stage']}")
 
 

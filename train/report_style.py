@@ -81,11 +81,12 @@ def page(title: str, body: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], *, numbers: frozenset[int] = frozenset()) -> str:
-    """An HTML table of cells that are HTML already; columns in `numbers` are set to the right."""
+    """An HTML table of cells that are HTML already; columns in `numbers` are set to the right. No names, no head."""
     kinds = [' class="number"' if column in numbers else "" for column in range(len(head))]
     first = "".join(f"<th{kind}>{cell}</th>" for kind, cell in zip(kinds, head, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table>"
+    named = f"<thead><tr>{first}</tr></thead>" if any(head) else ""
+    return f"<table>{named}<tbody>{body}</tbody></table>"
