@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -28,12 +29,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conf.errors import DataError
-from data.storage import relative_parts
 from data.tables import numbers, read_table
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
 PART_SHARDS = 1024
+HASH_BYTES = 16
 GROUP_BLOCKS = 4
 """Neighbouring blocks that are read by one request where they are needed together: a request costs the reader as much
 CPU as receiving half of a block."""
@@ -62,7 +63,7 @@ PART_SCHEMA = pa.schema(
         ("documents_sha256", pa.binary(32)),
         ("storage_class", pa.dictionary(pa.int8(), pa.string())),
         ("block_starts", pa.list_(pa.int64())),
-        ("block_hashes", pa.list_(pa.binary(16))),
+        ("block_hashes", pa.list_(pa.binary(HASH_BYTES))),
     ]
 )
 
@@ -319,7 +320,8 @@ class Part:
         self._start_offsets = numbers(starts.offsets)
         self._starts = numbers(starts.values)
         self._hash_offsets = numbers(hashes.offsets)
-        self._hashes = hashes.values
+        self._hashes = _fixed_binary(hashes.values)
+        self._paths: list[str] = table.column("path").to_pylist()
         self._check(split, root.sums(number), documents, name)
 
     def __len__(self) -> int:
@@ -333,8 +335,7 @@ class Part:
 
     def path(self, shard: int) -> str:
         """Path of a shard, by its number in the part."""
-        path: str = self._table.column("path")[shard].as_py()
-        return path
+        return self._paths[shard]
 
     def storage_class(self, shard: int) -> str:
         """Storage class of a shard, by its number in the part."""
@@ -345,8 +346,8 @@ class Part:
         """A block, by its number in the shard, which is given by its number in the part."""
         first = int(self._start_offsets[shard]) + block
         start, end = int(self._starts[first]), int(self._starts[first + 1])
-        digest: bytes = self._hashes[int(self._hash_offsets[shard]) + block].as_py()
-        return BlockRef(self.path(shard), start, end - start, digest)
+        place = HASH_BYTES * (int(self._hash_offsets[shard]) + block)
+        return BlockRef(self._paths[shard], start, end - start, bytes(self._hashes[place : place + HASH_BYTES]))
 
     def _check(self, split: Split, sums: Totals, documents: npt.NDArray[np.int64], name: str) -> None:
         smallest = min(int(self.num_tokens.min()), int(self.num_bytes.min()), int(documents.min()) + 1)
@@ -360,20 +361,21 @@ class Part:
         )
         if found != sums:
             raise DataError(f"{name}: {found}, and {root_name(split)} says {sums}. Prepare the dataset anew.")
-        paths = self._table.column("path").to_pylist()
-        for path in paths:
-            _check_path(path, split, name)
-        if len(set(paths)) != len(paths):
+        # Nothing else than a name, so that no path leaves the dataset.
+        is_shard = re.compile(rf"{split}/shards/[^/\\]+\.arrow").fullmatch
+        if strange := next((path for path in self._paths if not is_shard(path)), None):
+            raise DataError(
+                f"{name}: shard path '{strange}' is not of the form {split}/shards/NAME.arrow: it is not a plain path, "
+                "leaves the dataset or is of another split. Prepare the dataset anew."
+            )
+        if len(set(self._paths)) != len(self._paths):
             raise DataError(f"{name}: names a shard twice. Prepare the dataset anew.")
 
 
-def _check_path(path: str, split: Split, name: str) -> None:
-    try:
-        parts = list(relative_parts(path))
-    except ValueError:
-        raise DataError(f"{name}: shard path '{path}' is not a plain path, or leaves the dataset.") from None
-    if parts[:2] != [split, "shards"] or len(parts) != 3 or not path.endswith(".arrow"):
-        raise DataError(f"{name}: shard path '{path}' is not of the form {split}/shards/NAME.arrow.")
+def _fixed_binary(values: pa.FixedSizeBinaryArray) -> memoryview:
+    """The bytes of all values, one after another."""
+    width = values.type.byte_width
+    return memoryview(values.buffers()[1])[values.offset * width :]
 
 
 def _table(content: bytes, schema: pa.Schema, name: str) -> pa.Table:

@@ -17,6 +17,8 @@ from data.backends import ArchivedObjectError, MissingObjectError, RetryableErro
 
 CONNECT_SECONDS = 5
 DENIED = ("AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+WITHOUT_CLIENT = ("env", "shared-credentials-file", "config-file", "iam-role", "container-role", "custom-process")
+"""Botocore's names for credentials that it needs no client of another AWS service to get."""
 CREDENTIAL_MINUTES = 10
 """Credentials are asked for again after this, or before they end where they say when."""
 
@@ -124,11 +126,15 @@ def _client(location: str, scheme: str, config: StorageConfig) -> Any:
         raise DataError(f"{location}: cannot be opened ({_first_line(error)}).") from error
 
 
-def aws_session() -> Any:
-    """A botocore session: the standard chain of environment, profile, web identity and instance role."""
+def aws_session(*, for_clients: bool = False) -> Any:
+    """A botocore session: the standard chain of environment, profile, web identity and instance role.
+
+    Args:
+        for_clients: whether it can make clients of AWS services; what they need takes 10 ms.
+    """
     import botocore.session
 
-    return botocore.session.Session()
+    return botocore.session.Session(include_builtin_handlers=for_clients)
 
 
 def _aws_endpoint(session: Any) -> str | None:
@@ -147,6 +153,8 @@ class _AwsCredentials:
 
     def __init__(self, session: Any, location: str) -> None:
         self._credentials = session.get_credentials()
+        if self._credentials is not None and self._credentials.method not in WITHOUT_CLIENT:
+            self._credentials = aws_session(for_clients=True).get_credentials()
         if self._credentials is None:
             raise DataError(
                 f"{location}: no AWS credentials found in the standard chain "

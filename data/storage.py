@@ -7,9 +7,9 @@ a budget of time lasts, and ends in an error that names the object.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -20,7 +20,7 @@ from data.files import Files
 from data.objects import Objects
 from data.retry import Backoff
 
-__all__ = ["SCHEMES", "ArchivedObjectError", "MissingObjectError", "Store", "StoreCounters", "relative_parts"]
+__all__ = ["SCHEMES", "ArchivedObjectError", "MissingObjectError", "Store", "StoreCounters"]
 
 SCHEMES = ("file", "s3", "gs", "az")
 
@@ -166,15 +166,3 @@ class Store:
         raise DataError(
             f"{self.name_of(name)}: no answer within {self._backoff.budget_seconds:g} s of retries; the last: {reason}."
         )
-
-
-def relative_parts(path: str) -> Iterator[str]:
-    """The parts of a plain relative path.
-
-    Raises:
-        ValueError: it is absolute, not in its plain form, or leaves its folder.
-    """
-    plain = PurePosixPath(path)
-    if plain.is_absolute() or "\\" in path or plain.as_posix() != path or ".." in plain.parts or not plain.parts:
-        raise ValueError(path)
-    return iter(plain.parts)
