@@ -38,6 +38,10 @@ class BlockReader:
         self._store = store
         self._on_archived = on_archived
 
+    def name_of(self, path: str) -> str:
+        """Full name of a shard, for messages."""
+        return self._store.name_of(path)
+
     def read(self, blocks: Sequence[BlockRef], lease: str) -> list[memoryview]:
         """The bytes of blocks, those that lie one after another in a shard by one request.
 
@@ -61,6 +65,34 @@ class BlockReader:
                         for tier in self.tiers:
                             tier.put(block.digest.hex(), content)
         return [found[block] for block in blocks]
+
+    def parsed(self, name: str, key: str, parse: Callable[[memoryview], T]) -> T:
+        """What `parse` makes of a whole object, read from a tier that processes share where one has it.
+
+        Args:
+            name: of the object.
+            key: hash of its content, which `parse` holds it against.
+            parse: raises `DataError` for what is damaged.
+
+        Raises:
+            DataError: it cannot be read, or is damaged where it is stored.
+        """
+        shared = [tier for tier in self.tiers if tier.name != "memory"]
+        for tier in shared:
+            content = tier.get(key)
+            if content is not None:
+                try:
+                    return parse(content)
+                except DataError:
+                    tier.drop(key)
+
+        def kept(content: memoryview) -> T:
+            result = parse(content)
+            for tier in shared:
+                tier.put(key, content)
+            return result
+
+        return intact(lambda: self._store.read(name), kept)
 
     def _lease(self, key: str) -> AbstractContextManager[object]:
         return next((tier.lease(key) for tier in self.tiers if tier.name == "disk"), nullcontext())

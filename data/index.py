@@ -298,7 +298,7 @@ class Part:
         num_bytes: int64 bytes of each shard.
     """
 
-    def __init__(self, content: bytes, root: Root, split: Split, number: int, name: str) -> None:
+    def __init__(self, content: bytes | memoryview, root: Root, split: Split, number: int, name: str) -> None:
         """Read a part and hold it against the root.
 
         Raises:
@@ -378,7 +378,7 @@ def _fixed_binary(values: pa.FixedSizeBinaryArray) -> memoryview:
     return memoryview(values.buffers()[1])[values.offset * width :]
 
 
-def _table(content: bytes, schema: pa.Schema, name: str) -> pa.Table:
+def _table(content: bytes | memoryview, schema: pa.Schema, name: str) -> pa.Table:
     try:
         table = read_table(content).select(schema.names)
         # To cast is to import all of pyarrow.compute.

@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from conf.errors import DataError
 from conf.schema import StorageConfig
 from data.archive import Archive
 from data.blocks import BlockReader, intact
-from data.decoder import Decoder
+from data.cache import BlockCache, Tokens
 from data.index import (
-    GROUP_BLOCKS,
     MANIFEST_NAME,
     PART_SHARDS,
     SPLITS,
@@ -34,17 +32,14 @@ from data.index import (
     part_name,
     root_name,
 )
-from data.storage import ArchivedObjectError, MissingObjectError, Store
+from data.storage import MissingObjectError, Store
 from data.stored import check_stored
 from data.tables import read_table
 from data.tiers import Tier
 
 CACHE_BYTES = 64 << 20
-NUM_READERS = 8
 NUM_PARTS = 24
 """Parts of the index kept in memory; more than a shuffle draws from at a time."""
-
-Tokens = npt.NDArray[np.uint16 | np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,26 +82,19 @@ class Dataset:
         store: where it is.
         reader: its blocks, with what each tier did.
         archive: where its archived shards are asked for, if anywhere.
-        waits_for: full name of the archived shard that a reader waits for at the moment.
     """
 
     def __init__(self, store: Store, manifest: Manifest, roots: dict[Split, Root], access: Access) -> None:
         self.manifest = manifest
         self.store = store
         self.reader = BlockReader(store, access.tiers, access.archive.ask if access.archive else None)
-        self.waits_for: str | None = None
         self.archive = access.archive
-        self._given_up = threading.Event()
         self._roots = roots
         self._parts: OrderedDict[tuple[Split, int], Future[Part]] = OrderedDict()
-        self._schema = pa.schema([pa.field("tokens", manifest.token_type, nullable=False)])
-        self._token_type = np.dtype(f"u{manifest.token_type.bit_width // 8}")
-        self._block_bytes = (manifest.block_tokens + 1) * self._token_type.itemsize
-        self._decoder = Decoder(manifest.block_tokens + 1, self._token_type)
-        self._cache_bytes = access.cache_bytes
-        self._blocks: OrderedDict[tuple[Split, int], Future[Tokens]] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blocks")
+        self._blocks = BlockCache(
+            manifest, self.reader, self._place_of, archive=access.archive, num_bytes=access.cache_bytes
+        )
 
     @classmethod
     def open(cls, location: str | Path, access: Access | None = None) -> Dataset:
@@ -177,7 +165,12 @@ class Dataset:
     @property
     def block_bytes(self) -> int:
         """Memory of a decoded block."""
-        return self._block_bytes
+        return self._blocks.block_bytes
+
+    @property
+    def waits_for(self) -> str | None:
+        """Full name of the archived shard that a reader waits for at the moment."""
+        return self._blocks.waits_for
 
     def num_tokens(self, split: Split) -> int:
         """Tokens of a split."""
@@ -193,38 +186,19 @@ class Dataset:
 
     def keep(self, num_bytes: int) -> None:
         """Let decoded blocks take at least so much memory."""
-        self._cache_bytes = max(self._cache_bytes, num_bytes)
+        self._blocks.keep(num_bytes)
 
     def block(self, split: Split, number: int) -> Tokens:
-        """A decoded block: its tokens and, but for the last of the split, the first token of the next.
-
-        Raises:
-            DataError: its shard is missing or damaged, or archived and given up.
-        """
-        key = (split, number)
-        while True:
-            with self._lock:
-                self._begin(split, [number])
-                future = self._blocks[key]
-            try:
-                return future.result()
-            except BaseException as error:
-                with self._lock:
-                    self._blocks.pop(key, None)
-                if self.archive is None or not isinstance(error, ArchivedObjectError):
-                    raise
-            # Here and not in the pool: blocks that are not archived are read meanwhile.
-            self._thaw(self.archive, self._block_ref(split, number).path)
+        """A decoded block; see `BlockCache.block`."""
+        return self._blocks.block(split, number)
 
     def expect(self, split: Split, numbers: Iterable[int]) -> None:
-        """Begin to read blocks that will be asked for; what was asked for longest ago is dropped for them.
+        """Begin to read blocks that will be asked for; see `BlockCache.expect`."""
+        self._blocks.expect(split, numbers)
 
-        Args:
-            split: they are of.
-            numbers: ascending. Those of a group of `GROUP_BLOCKS` are read together.
-        """
-        with self._lock:
-            self._begin(split, numbers)
+    def fetch(self, split: Split, numbers: Sequence[int]) -> None:
+        """Read blocks now; see `BlockCache.fetch`."""
+        self._blocks.fetch(split, numbers)
 
     def tokens(self, split: Split, start: int, count: int) -> Tokens:
         """Tokens [start, start + count) of a split's documents one after another.
@@ -339,91 +313,23 @@ class Dataset:
         Raises:
             DataError: a shard is missing, has another size or another type of tokens.
         """
-        check_stored(self, self._schema)
+        check_stored(self, pa.schema([pa.field("tokens", self.manifest.token_type, nullable=False)]))
 
     def give_up(self) -> None:
         """Let whoever waits for an archived shard fail now; later reads wait again."""
-        with self._lock:
-            given_up, self._given_up = self._given_up, threading.Event()
-        given_up.set()
+        self._blocks.give_up()
 
     def close(self) -> None:
         """End the threads that read."""
-        self.give_up()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        with self._lock:
-            for future in self._blocks.values():
-                future.cancel()
+        self._blocks.close()
 
     def _read_part(self, split: Split, number: int) -> Part:
-        name = part_name(split, number)
+        root, name = self._roots[split], part_name(split, number)
         full_name = self.store.name_of(name)
-        return intact(
-            lambda: bytes(self.store.read(name)),
-            lambda content: Part(content, self._roots[split], split, number, full_name),
+        return self.reader.parsed(
+            name, root.sha256(number).hex(), lambda content: Part(content, root, split, number, full_name)
         )
 
-    def _begin(self, split: Split, numbers: Iterable[int]) -> None:
-        """Begin to read blocks that are not there; called under the lock."""
-        groups: dict[int, dict[int, Future[Tokens]]] = {}
-        for number in numbers:
-            if (split, number) in self._blocks:
-                self._blocks.move_to_end((split, number))
-                continue
-            future: Future[Tokens] = Future()
-            self._blocks[split, number] = groups.setdefault(number // GROUP_BLOCKS, {})[number] = future
-            if len(self._blocks) > max(2, self._cache_bytes // self._block_bytes):
-                self._blocks.popitem(last=False)[1].cancel()
-        for futures in groups.values():
-            self._pool.submit(self._read, split, futures)
-
-    def _thaw(self, archive: Archive, path: str) -> None:
-        with self._lock:
-            given_up = self._given_up
-        name = self.waits_for = self.store.name_of(path)
-        try:
-            if not archive.wait(path, given_up):
-                raise DataError(f"{name}: is archived, and was not waited for to the end because the run was stopped.")
-        finally:
-            self.waits_for = None
-
-    def _block_ref(self, split: Split, number: int) -> BlockRef:
+    def _place_of(self, split: Split, number: int) -> BlockRef:
         shard, block = divmod(number, self.manifest.shard_blocks)
         return self.part(split, shard // PART_SHARDS).block(shard % PART_SHARDS, block)
-
-    def _read(self, split: Split, futures: dict[int, Future[Tokens]]) -> None:
-        """Read blocks of a group, but those that were dropped meanwhile."""
-        running = {number: future for number, future in futures.items() if future.set_running_or_notify_cancel()}
-        if running:
-            self._fulfil(split, running)
-
-    def _fulfil(self, split: Split, futures: dict[int, Future[Tokens]]) -> None:
-        try:
-            lease = self._block_ref(split, min(futures) // GROUP_BLOCKS * GROUP_BLOCKS).digest.hex()
-            refs = [self._block_ref(split, number) for number in futures]
-            contents = self.reader.read(refs, lease)
-        except BaseException as error:  # handed to whoever waits, whatever it is
-            for number, future in futures.items():
-                if len(futures) == 1:
-                    future.set_exception(error)
-                else:
-                    # Alone, so that nobody gets the error of another block.
-                    self._fulfil(split, {number: future})
-            return
-        for (number, future), ref, content in zip(futures.items(), refs, contents, strict=True):
-            try:
-                future.set_result(self._decoded(split, number, ref, content))
-            except DataError as error:
-                future.set_exception(error)
-
-    def _decoded(self, split: Split, number: int, ref: BlockRef, content: memoryview) -> Tokens:
-        name = self.store.name_of(ref.path)
-        wanted = min(self.num_tokens(split) - number * self.manifest.block_tokens, self.manifest.block_tokens + 1)
-        try:
-            tokens: Tokens = self._decoder.decode(content, wanted)
-            if int(tokens.max()) >= self.manifest.vocab_size:
-                raise ValueError(f"token {tokens.max()}, and all are below {self.manifest.vocab_size}")
-        except ValueError as error:
-            block = number % self.manifest.shard_blocks
-            raise DataError(f"{name}: not a shard (block {block}: {error}). Prepare the dataset anew.") from error
-        return tokens

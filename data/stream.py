@@ -199,6 +199,8 @@ class Stream:
         """
         plan = self._planned(step, first_row, num_rows)
         place = step - plan.first_step
+        if plan.is_first and not place:
+            self._begin(plan)
         self._read_ahead(plan, place)
         return self._gathered(plan.sources[place], plan.first_tokens[place], plan.held)
 
@@ -315,12 +317,19 @@ class Stream:
         chosen = np.sort(order[fresh])
         return list(zip(samples[chosen].tolist(), owners[chosen].tolist(), blocks[chosen].tolist(), strict=True))
 
-    def _read_ahead(self, plan: _Plan, place: int) -> None:
-        """Ask for the blocks of this step, and of later ones within the budget.
+    def _begin(self, plan: _Plan) -> None:
+        """Read what the very first step waits for, before all else and without its neighbours."""
+        blocks: list[list[int]] = [[] for _ in self._sources]
+        for source, block in sorted(plan.needed[0]):
+            plan.groups[source, block // GROUP_BLOCKS].pop(block, None)
+            blocks[source].append(block)
+        for source, numbers in zip(self._sources, blocks, strict=True):
+            source.dataset.expect("train", numbers)
+        for source, numbers in zip(self._sources, blocks, strict=True):
+            source.dataset.fetch("train", numbers)
 
-        Blocks are asked for together with their neighbours, but for those that the very first step waits for.
-        """
-        is_urgent = plan.is_first and not place
+    def _read_ahead(self, plan: _Plan, place: int) -> None:
+        """Ask for the blocks of this step, and of later ones within the budget, together with their neighbours."""
         plan.ahead[:] = [first for first in plan.ahead if first > place]
         for step in range(place, len(plan.needed)):
             for source, block in plan.needed[step]:
@@ -329,11 +338,9 @@ class Stream:
                     continue
                 if step > place and len(plan.ahead) >= self.spec.shuffle.readahead_blocks:
                     return
-                asked = {block: group[block]} if is_urgent and step == place else dict(group)
-                plan.ahead.extend(first for first in asked.values() if first > place)
-                for each in asked:
-                    del group[each]
-                self._sources[source].dataset.expect("train", sorted(asked))
+                plan.ahead.extend(first for first in group.values() if first > place)
+                self._sources[source].dataset.expect("train", sorted(group))
+                group.clear()
 
     def _gathered(self, sources: Indices, first_tokens: Indices, held: dict[Place, memoryview]) -> Tokens:
         """Tokens of samples, shape (N, sequence_length + 1); `held` gets the blocks they are in."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-def read_table(content: bytes) -> pa.Table:
+def read_table(content: bytes | memoryview) -> pa.Table:
     """The table in the bytes of a parquet file.
 
     Raises:

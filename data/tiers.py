@@ -12,7 +12,6 @@ import os
 import struct
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -20,8 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from conf.errors import DataError
 from conf.schema import DiskTierConfig, MemoryTierConfig, RedisTierConfig, TierConfig
+from data.rooms import Rooms
 
 KEEP_FRACTION = 0.9
 """A full disk tier is emptied down to this."""
@@ -131,8 +133,10 @@ class DiskTier:
     """A folder of files on a local disk, shared by the ranks of a node.
 
     A file appears by rename, so nobody reads half of one; removing one that is being read does not disturb the reader.
-    Leases are file locks, which the kernel gives back when their holder dies. The bytes in use are a number in a file,
-    changed under a lock, counted anew when the tier is emptied.
+    Nothing is synced: what a crash leaves of a file is found by its hash. Files are in 16 folders, and leases are locks
+    on bytes of one file, because making a folder or the first file in it costs more than writing a block; the kernel
+    gives locks back when their holder dies. The bytes in use are a number in a file, changed under a lock, counted anew
+    when the tier is emptied.
     """
 
     def __init__(self, config: DiskTierConfig) -> None:
@@ -145,9 +149,11 @@ class DiskTier:
         self.counters = TierCounters()
         self._limit = config.num_bytes
         self._root = Path(config.path).expanduser()
+        self._rooms: dict[int, Rooms] = {}
         self._paused_until = 0.0
         try:
-            (self._root / "leases").mkdir(parents=True, exist_ok=True)
+            self._root.mkdir(parents=True, exist_ok=True)
+            (self._root / "locks").touch()
             (self._root / "usage").touch()
         except OSError as error:
             raise DataError(
@@ -160,30 +166,28 @@ class DiskTier:
         try:
             descriptor = os.open(self._path(key), os.O_RDONLY)
             try:
+                room = self._room(os.fstat(descriptor).st_size)
                 # Not mapped: what a failing disk does to a reader of mapped memory is kill it.
-                content = os.read(descriptor, os.fstat(descriptor).st_size)
+                num_bytes = os.readv(descriptor, [room])
                 os.utime(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
             self._failed(error)
             return None
-        return memoryview(content)
+        return room[:num_bytes]
 
     def put(self, key: str, content: memoryview) -> None:
         """See `Tier`."""
         if len(content) > self._limit or time.monotonic() < self._paused_until:
             return
         path = self._path(key)
-        partial = f"{self._root}/{key[:2]}/.{key}.{uuid.uuid4().hex[:8]}"
+        partial = f"{self._root}/{key[0]}/.{key}.{os.urandom(4).hex()}"
         try:
             if os.path.exists(path):
                 return
-            with suppress(FileExistsError):
-                # When one is needed: all of them would cost the first batch a tenth of a second.
-                os.mkdir(f"{self._root}/{key[:2]}")
             try:
-                with open(partial, "wb", buffering=0) as stream:
+                with open(self._created(partial), "wb", buffering=0) as stream:
                     if stream.write(content) != len(content):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 # It appears under the lock: room is made by counting files, and must not miss one on its way.
@@ -203,21 +207,39 @@ class DiskTier:
 
     @contextmanager
     def lease(self, key: str) -> Iterator[object]:
-        """Wait until nobody else on the node fetches this block (or one of few others)."""
+        """Wait until nobody else on the node fetches this block."""
         try:
-            descriptor = os.open(f"{self._root}/leases/{key[:2]}", os.O_CREAT | os.O_RDWR, 0o666)
+            descriptor = os.open(f"{self._root}/locks", os.O_RDWR)
         except OSError as error:
             self._failed(error)
             yield None
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Of the open file, not of the process, whose threads would all hold it. A byte far behind the end will do.
+            lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, int(key[:15], 16), 1, 0)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, lock)
             yield None
         finally:
             os.close(descriptor)
 
     def _path(self, key: str) -> str:
-        return f"{self._root}/{key[:2]}/{key}"
+        return f"{self._root}/{key[0]}/{key}"
+
+    def _room(self, num_bytes: int) -> memoryview:
+        """Memory for a file."""
+        size = 1 << max(num_bytes - 1, 0).bit_length()
+        rooms = self._rooms.setdefault(size, Rooms(size))
+        return memoryview(rooms.array(num_bytes, np.uint8))
+
+    def _created(self, path: str) -> int:
+        """The descriptor of a new file, in a folder that may be new."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        try:
+            return os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                os.mkdir(os.path.dirname(path))
+            return os.open(path, flags, 0o666)
 
     def _failed(self, error: OSError) -> None:
         """A missing file is a miss; a disk that is full or broken is left alone for a while."""
@@ -240,7 +262,7 @@ class DiskTier:
     def _make_room(self, wanted: int) -> None:
         """Remove what was used longest ago, and what killed processes left; called under the lock of `usage`."""
         files: list[tuple[float, int, Path]] = []
-        for folder in self._root.glob("[0-9a-f][0-9a-f]"):
+        for folder in self._root.glob("[0-9a-f]"):
             for entry in os.scandir(folder):
                 try:
                     status = entry.stat()
