@@ -25,8 +25,9 @@ from torch import Tensor
 from bench.settings import engine_of
 from conf import load
 from conf.schema import ModelConfig, TrainingStage
+from data.samples import StreamSpec
 from data.shards import Dataset
-from data.stream import Stream, StreamSpec
+from data.stream import Stream
 from parallel import groups
 from parallel.engine import Engine, make_engine
 from parallel.importance import Importance

@@ -19,8 +19,9 @@ from torch import Tensor
 from conf import load
 from conf.schema import RunConfig, TrainingStage
 from data.batch import Batch, attended_length
+from data.samples import StreamSpec
 from data.shards import Dataset
-from data.stream import Stream, StreamSpec, mixtures_of
+from data.stream import Stream, mixtures_of
 from parallel import device
 from parallel.attention import attend_causally, attend_in_documents
 from parallel.attention_kernel import attention_kernel

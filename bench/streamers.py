@@ -137,8 +137,9 @@ def read_floor(location: str, first: float, cache: str) -> Iterator[np.ndarray]:
 def our_stream(location: str, cache: str) -> Any:
     """Our stream over one source, every block hashed; a disk tier where `cache` is given."""
     from conf.schema import DiskTierConfig, ShuffleConfig
+    from data.samples import StreamSpec
     from data.shards import Access, Dataset
-    from data.stream import Stream, StreamSpec
+    from data.stream import Stream
     from data.tiers import open_tiers
 
     tiers = [DiskTierConfig(kind="disk", path=cache, num_bytes=8 << 30)] if cache else []

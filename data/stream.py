@@ -1,104 +1,27 @@
 """The batches of a training stage. Its only state is one integer that the caller keeps: samples consumed.
 
-A sample is a window of `sequence_length + 1` tokens. Its global id is its position in the stream; source, pass over the
-source and place in it follow by arithmetic (`mix.py`, `order.py`), so does every data rank's share.
+Which samples a step has is arithmetic (`samples.py`), so is every data rank's share of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from conf.errors import DataError, UserError
-from conf.schema import RunConfig, ShuffleConfig, TrainingConfig
+from conf.errors import UserError
+from conf.schema import RunConfig, TrainingConfig
 from data.batch import Batch, positions_in_documents
-from data.index import GROUP_BLOCKS, PART_SHARDS
-from data.mix import MixtureSchedule, num_lanes_of
-from data.order import BlockShuffle, Indices, distinct, group_runs_of, key_of, run_blocks_of
+from data.index import GROUP_BLOCKS
+from data.order import Indices, key_of
+from data.samples import SampleOrder, StreamSpec
 from data.shards import Dataset, Tokens
 
 PLANNED_SAMPLES = 4096
 """Places are worked out for about so many samples at once, which makes the arithmetic cheap."""
-SEARCHED_SAMPLES = 1 << 18
-NEAR_PARTS = 16
-"""Parts of the index that a shuffle draws from at a time."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamSpec:
-    """What a stream is a function of, besides its datasets.
-
-    Attributes:
-        mixtures: first step and source -> weight of each mixture; the first is from step 0.
-        seed: of the shuffles and of the order of sources.
-        sequence_length: tokens of a row.
-        global_batch: rows a step, over all data ranks.
-        micro_batch: rows of a batch.
-        shuffle: how far samples are mixed.
-        max_epochs: source -> passes over it that are allowed; sources not named may be repeated without end.
-        num_steps: that will be taken, for `max_epochs`.
-        reset_at_documents: positions begin anew with every document, which keeps attention within it.
-    """
-
-    mixtures: Sequence[tuple[int, Mapping[str, float]]]
-    seed: int
-    sequence_length: int
-    global_batch: int
-    micro_batch: int
-    shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
-    max_epochs: Mapping[str, float] = field(default_factory=dict)
-    num_steps: int = 0
-    reset_at_documents: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Where a sample comes from: the window of tokens at `first_token` of a source, in a pass over the source."""
-
-    id: int
-    source: str
-    epoch: int
-    first_token: int
-
-
-class _Source:
-    """A source's samples: runs of whole blocks, or the single samples of a source that fits the window."""
-
-    def __init__(self, name: str, dataset: Dataset, spec: StreamSpec, num_lanes: int) -> None:
-        self.name = name
-        self.dataset = dataset
-        length, size = spec.sequence_length, dataset.manifest.block_tokens
-        num_tokens = dataset.num_tokens("train")
-        if num_tokens <= length:
-            raise DataError(
-                f"source '{name}' ({dataset.path}) has {num_tokens} training tokens; one sample of "
-                f"sequence_length={length} takes {length + 1}. Give more text or a shorter sequence_length."
-            )
-        window_blocks = num_lanes * spec.shuffle.window_blocks
-        self.is_whole = num_tokens <= window_blocks * size
-        self.run_blocks = 1 if self.is_whole else run_blocks_of(length, size)
-        self.run_tokens = length if self.is_whole else self.run_blocks * size
-        self.shuffle = BlockShuffle(
-            num_runs=(num_tokens - 1) // self.run_tokens,
-            run_samples=self.run_tokens // length,
-            window_runs=1 if self.is_whole else max(1, spec.shuffle.window_blocks // self.run_blocks),
-            num_lanes=num_lanes,
-            group_runs=1 if self.is_whole else group_runs_of(num_lanes, GROUP_BLOCKS // self.run_blocks),
-            near_runs=max(1, NEAR_PARTS * PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
-            stretch_runs=max(1, PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
-            seed=key_of(spec.seed, name),
-        )
-        if self.is_whole:
-            dataset.keep((num_tokens // size + 1) * dataset.block_bytes)
-
-    @property
-    def samples_in_epoch(self) -> int:
-        return self.shuffle.num_runs * self.shuffle.run_samples
-
 
 Place = tuple[int, int]
 """A source, and the number of a block or of a group of blocks in it."""
@@ -123,52 +46,18 @@ class _Plan:
     """Tokens of the blocks that steps of the plan have read from."""
 
 
-class Stream:
+class Stream(SampleOrder):
     """Batches by step: pure functions of the specification and the datasets, whatever was read before."""
 
     def __init__(self, datasets: Mapping[str, Dataset], spec: StreamSpec) -> None:
-        """Check that the datasets can serve the mixtures.
-
-        Args:
-            datasets: by source.
-            spec: what the order is a function of.
-
-        Raises:
-            DataError: a source of a mixture is missing, shorter than one sample, or would be repeated too often.
-            ValueError: a mixture is impossible.
-        """
-        self.spec = spec
-        self.num_lanes = num_lanes_of(spec.global_batch, spec.shuffle.lanes)
-        self._schedule = MixtureSchedule(
-            spec.mixtures, seed=spec.seed, num_lanes=self.num_lanes, global_batch=spec.global_batch
-        )
-        self._sources: list[_Source] = []
-        for name in self._schedule.names:
-            if name not in datasets:
-                raise DataError(f"the mixture names source '{name}'; there is: {', '.join(sorted(datasets))}.")
-            self._sources.append(_Source(name, datasets[name], spec, self.num_lanes))
-        ends = {source.dataset.end_of_text_id for source in self._sources}
-        assert len(ends) == 1, "the sources of a run share a tokenizer, and so the type of tokens"
-        (self._end_of_text_id,) = ends
-        (token_bits,) = {source.dataset.manifest.token_type.bit_width for source in self._sources}
+        """See `SampleOrder`; reads nothing yet."""
+        super().__init__(datasets, spec)
+        manifests = [source.dataset.manifest for source in self._sources]
+        facts = {(manifest.end_of_text_id, manifest.token_type.bit_width) for manifest in manifests}
+        assert len(facts) == 1, "the sources of a run share a tokenizer, and so the type of tokens"
+        ((self._end_of_text_id, token_bits),) = facts
         self._token_type = np.dtype(f"u{token_bits // 8}")
         self._plan: tuple[tuple[int, int], _Plan] | None = None
-        self._check_epochs()
-
-    def samples_in_epoch(self, source: str) -> int:
-        """Samples of a source before its next pass begins."""
-        return self._sources[self._schedule.names.index(source)].samples_in_epoch
-
-    def sample_ids(self, step: int) -> Indices:
-        """Global ids of the samples of a step, in order, shape (global_batch,)."""
-        first = step * self.spec.global_batch
-        return np.arange(first, first + self.spec.global_batch, dtype=np.int64)
-
-    def samples(self, ids: Indices) -> list[Sample]:
-        """Source, epoch and place of global sample ids."""
-        sources, epochs, first_tokens = self._locate(ids)
-        places = zip(ids.tolist(), sources.tolist(), epochs.tolist(), first_tokens.tolist(), strict=True)
-        return [Sample(number, self._schedule.names[source], epoch, first) for number, source, epoch, first in places]
 
     def batches(self, step: int, data_rank: int, data_size: int) -> list[Batch]:
         """The micro-batches of a data rank. Those of ranks 0, 1, 2, ... one after another are the global batch.
@@ -222,26 +111,6 @@ class Stream:
             for sample in self.samples(self.sample_ids(step))
         }
 
-    def blocks(self, step: int) -> list[tuple[str, int]]:
-        """Blocks that a step reads something of, as (source, number)."""
-        sources, _, first_tokens = self._locate(self.sample_ids(step))
-        return [(self._sources[source].name, block) for _, source, block in self._blocks_of(sources, first_tokens)]
-
-    def first_step_with(self, stretches: Mapping[str, Sequence[tuple[int, int]]], steps: range) -> int | None:
-        """The first of some steps that shows a token of stretches [first, after) of sources; None: none does."""
-        rows, length = self.spec.global_batch, self.spec.sequence_length + 1
-        at_once = max(1, SEARCHED_SAMPLES // rows)
-        for start in range(steps.start, steps.stop, at_once):
-            ids = np.arange(start * rows, min(start + at_once, steps.stop) * rows, dtype=np.int64)
-            sources, _, first_tokens = self._locate(ids)
-            shown = np.zeros(len(ids), bool)
-            for number, source in enumerate(self._sources):
-                for first, after in stretches.get(source.name, ()):
-                    shown |= (sources == number) & (first_tokens < after) & (first_tokens + length > first)
-            if shown.any():
-                return start + int(shown.argmax()) // rows
-        return None
-
     def counters(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """What was read so far: of storage, and of each tier by name."""
         readers = [source.dataset.reader for source in self._sources]
@@ -255,26 +124,6 @@ class Stream:
         # All sources share the tiers.
         tiers = {tier.name: tier.counters.as_dict() for tier in readers[0].tiers}
         return storage, tiers
-
-    def working_set_bytes(self, num_rows: int) -> int:
-        """Memory of the decoded blocks that a rank with so many rows of each step mixes at a time."""
-        lanes = min(self.num_lanes, -(-num_rows * self.num_lanes // self.spec.global_batch) + 1)
-        total = 0
-        for source in self._sources:
-            size = source.dataset.block_bytes
-            num_blocks = source.dataset.num_tokens("train") // source.dataset.manifest.block_tokens + 1
-            total += size * min(num_blocks, lanes * source.shuffle.window_runs * source.run_blocks)
-        return total
-
-    def _locate(self, ids: Indices) -> tuple[Indices, Indices, Indices]:
-        """Source (its place in the schedule), epoch and first token of each id."""
-        sources, lanes, counts = self._schedule.locate(ids)
-        epochs, first_tokens = np.empty_like(counts), np.empty_like(counts)
-        for number in distinct(sources):
-            source, chosen = self._sources[number], sources == number
-            epochs[chosen], runs, inside = source.shuffle.locate(lanes[chosen], counts[chosen])
-            first_tokens[chosen] = runs * source.run_tokens + inside * self.spec.sequence_length
-        return sources, epochs, first_tokens
 
     def _planned(self, step: int, first_row: int, num_rows: int) -> _Plan:
         """The plan that a step is in."""
@@ -302,27 +151,12 @@ class Stream:
         self._plan = (key, plan)
         return plan
 
-    def _blocks_of(self, sources: Indices, first_tokens: Indices) -> list[tuple[int, int, int]]:
-        """Blocks these samples need, each once, in order of first need: the sample that needs it, source and number."""
-        sizes = np.array([source.dataset.manifest.block_tokens for source in self._sources])[sources]
-        firsts = first_tokens // sizes
-        counts = (first_tokens + self.spec.sequence_length - 1) // sizes - firsts + 1
-        samples = np.repeat(np.arange(len(sources)), counts)
-        blocks = firsts[samples] + np.arange(len(samples)) - (np.cumsum(counts) - counts)[samples]
-        owners = sources[samples]
-        order = np.lexsort((blocks, owners))
-        fresh = np.ones(len(order), bool)
-        fresh[1:] = (np.diff(blocks[order]) != 0) | (np.diff(owners[order]) != 0)
-        # Sorting is stable, so these are the first of their kind.
-        chosen = np.sort(order[fresh])
-        return list(zip(samples[chosen].tolist(), owners[chosen].tolist(), blocks[chosen].tolist(), strict=True))
-
     def _begin(self, plan: _Plan) -> None:
         """Read what the very first step waits for, before all else and without its neighbours."""
         blocks: list[list[int]] = [[] for _ in self._sources]
-        for source, block in sorted(plan.needed[0]):
-            plan.groups[source, block // GROUP_BLOCKS].pop(block, None)
-            blocks[source].append(block)
+        for number, block in sorted(plan.needed[0]):
+            plan.groups[number, block // GROUP_BLOCKS].pop(block, None)
+            blocks[number].append(block)
         for source, numbers in zip(self._sources, blocks, strict=True):
             source.dataset.expect("train", numbers)
         for source, numbers in zip(self._sources, blocks, strict=True):
@@ -376,17 +210,6 @@ class Stream:
             position_ids_BS=positions,
             sample_ids_B=ids,
         )
-
-    def _check_epochs(self) -> None:
-        taken = self._schedule.samples_before(self.spec.num_steps)
-        for source in self._sources:
-            most = self.spec.max_epochs.get(source.name)
-            epochs = taken[source.name] / source.samples_in_epoch
-            if most is not None and epochs > most:
-                raise DataError(
-                    f"source '{source.name}' would be seen {epochs:.2f} times, and max_epochs={most:g} allows fewer. "
-                    "Train on fewer tokens, give it a smaller weight or raise its max_epochs."
-                )
 
 
 def stream_of_stage(config: RunConfig, stage: str, datasets: Mapping[str, Dataset]) -> Stream:

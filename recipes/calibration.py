@@ -11,8 +11,9 @@ from conf.schema import CalibrationConfig, EvaluateStage, RunConfig
 from data.batch import Batch
 from data.held_out import held_out_documents
 from data.order import key_of
+from data.samples import StreamSpec
 from data.shards import Dataset, TokenDocument
-from data.stream import Stream, StreamSpec
+from data.stream import Stream
 from parallel.mesh import Coordinate, Mesh
 from recipes.stage import StageInput
 

@@ -13,9 +13,10 @@ import servers
 
 from conf.errors import DataError
 from conf.schema import RedisTierConfig, ShuffleConfig, StorageConfig, TierConfig
+from data.samples import StreamSpec
 from data.shards import Access, Dataset
 from data.storage import MissingObjectError, Store
-from data.stream import Stream, StreamSpec
+from data.stream import Stream
 from data.tiers import RedisTier, open_tiers
 from data.writer import DatasetFacts, DatasetWriter
 

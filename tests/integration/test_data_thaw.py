@@ -21,9 +21,10 @@ from conf.errors import DataError
 from conf.schema import ShuffleConfig, StorageConfig
 from data.archive import Archive
 from data.prefetch import Prefetch
+from data.samples import StreamSpec
 from data.shards import Access, Dataset
 from data.storage import ArchivedObjectError, Store
-from data.stream import Stream, StreamSpec
+from data.stream import Stream
 from data.thaw import needs_of, plan_of, request_all
 from data.writer import DatasetFacts, DatasetWriter
 from train.data_gate import DataGate, Reading, StoppedWaitingError

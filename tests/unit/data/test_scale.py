@@ -27,8 +27,9 @@ from data.index import (
     root_bytes,
     root_name,
 )
+from data.samples import StreamSpec
 from data.shards import Dataset
-from data.stream import Stream, StreamSpec
+from data.stream import Stream
 
 SHARD_BLOCKS = 128
 BLOCK_TOKENS = 1 << 18
@@ -94,7 +95,8 @@ import json, sys, time
 from pathlib import Path
 import numpy as np
 from data.shards import Dataset
-from data.stream import Stream, StreamSpec
+from data.samples import StreamSpec
+from data.stream import Stream
 started = time.process_time()
 dataset = Dataset.open(sys.argv[1])
 spec = StreamSpec(mixtures=[(0, {"big": 1.0})], seed=1, sequence_length=8192, global_batch=2048, micro_batch=1)

@@ -12,8 +12,9 @@ from conf.errors import DataError
 from conf.schema import ShuffleConfig
 from data import stream as stream_module
 from data.batch import Batch, attended_length, positions_in_documents
+from data.samples import StreamSpec
 from data.shards import Dataset
-from data.stream import Stream, StreamSpec
+from data.stream import Stream
 
 LENGTH = 16
 BATCH = 192
