@@ -15,10 +15,11 @@ import numpy.typing as npt
 from conf.errors import UserError
 from conf.schema import RunConfig, TrainingConfig
 from data.batch import Batch, positions_in_documents
+from data.cache import Tokens
 from data.index import GROUP_BLOCKS
 from data.order import Indices, key_of
 from data.samples import SampleOrder, StreamSpec
-from data.shards import Dataset, Tokens
+from data.shards import Dataset
 
 PLANNED_SAMPLES = 4096
 """Places are worked out for about so many samples at once, which makes the arithmetic cheap."""

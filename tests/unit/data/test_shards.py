@@ -142,6 +142,21 @@ def test_neighbours_are_one_request_and_have_errors_of_their_own(tmp_path: Path)
         damaged.tokens("train", 2 * 64, 64)
 
 
+def test_what_is_fetched_now_is_read_by_whoever_asks_and_has_its_errors_later(tmp_path: Path) -> None:
+    written = write_dataset(tmp_path / "set", 1500, shard_blocks=8)
+    expected = written.tokens("train", 0, 64 * 16)
+    (tmp_path / "set/train/shards/00000001.arrow").unlink()
+    dataset = Dataset.open(written.path)
+    dataset.expect("train", range(12))
+    dataset.fetch("train", [1, 7, 9])
+    requests = dataset.store.counters.requests
+    assert np.array_equal(dataset.tokens("train", 64, 64), expected[64:128])
+    assert np.array_equal(dataset.tokens("train", 64 * 7, 64), expected[64 * 7 : 64 * 8])
+    assert dataset.store.counters.requests == requests
+    with pytest.raises(DataError, match=r"00000001\.arrow: cannot be read"):
+        dataset.tokens("train", 64 * 9, 64)
+
+
 def test_one_flipped_bit_is_noticed_and_the_shard_named(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "set", 1500)
     shard = tmp_path / "set/train/shards/00000001.arrow"

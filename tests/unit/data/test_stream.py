@@ -81,6 +81,23 @@ def test_a_fresh_stream_goes_on_where_another_stopped(two: dict[str, Dataset]) -
         assert np.array_equal(np.concatenate([batch.tokens_BS for batch in fresh]), traces[step])
 
 
+def test_what_the_first_step_needs_is_read_before_all_else(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset()
+    stream = stream_of({"one": dataset}, global_batch=2, micro_batch=1, shuffle=ShuffleConfig(lanes=2, window_blocks=2))
+    needed = {block for _, block in stream.blocks(3)}
+    asked: list[set[int]] = []
+    for name in ("fetch", "expect"):
+        method = getattr(dataset, name)
+        monkeypatch.setattr(
+            dataset, name, lambda split, numbers, method=method: (asked.append(set(numbers)), method(split, numbers))
+        )
+    stream.rows(3, 0, 2)
+    assert asked[0] == asked[1] == needed
+    assert len(asked) > 2 and not needed & set().union(*asked[2:])
+
+
 def test_steps_consume_consecutive_positions(two: dict[str, Dataset]) -> None:
     stream = stream_of(two)
     ids = np.concatenate([stream.sample_ids(step) for step in range(4)])
