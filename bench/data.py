@@ -51,6 +51,8 @@ class Bench:
         self._folder = folder
         self._truth = folder / "truth.npy"
         self.readers = [reader for reader in READERS if self._is_there(reader)]
+        self._caches: list[Path] = []
+        self._filled: dict[str, Path] = {}
         self.results: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
     def write(self) -> None:
@@ -69,29 +71,38 @@ class Bench:
 
     def measure(self, reader: str, part: str) -> None:
         """One part of one reader, with the cache that the part is about."""
-        cache = self._folder / f"cache-{reader}"
         is_cached = reader not in WITHOUT_CACHE
         if part in ("resume50", "resume99"):
-            shutil.rmtree(cache, ignore_errors=True)
+            cache = self._new_cache(reader)
             self._read(reader, part, part, cache)
             if is_cached:
                 self._read(reader, part, f"{part}_warm", cache)
         elif part == "cold" or (part.startswith("workers") and reader not in ("floor", "ours_batches")):
-            shutil.rmtree(cache, ignore_errors=True)
+            cache = self._new_cache(reader)
             self._read(reader, part, part, cache)
+            if part == "cold":
+                self._filled[reader] = cache
         elif part == "warm" and is_cached:
             # What `cold` left, else what a look at an epoch leaves.
-            if not cache.exists():
-                self._read(reader, part, "filling", cache)
-            self._read(reader, part, part, cache)
+            if reader not in self._filled:
+                self._filled[reader] = self._new_cache(reader)
+                self._read(reader, part, "filling", self._filled[reader])
+            self._read(reader, part, part, self._filled[reader])
         elif part == "check" and reader != "floor":
-            shutil.rmtree(cache, ignore_errors=True)
-            self._read(reader, part, part, cache)
+            self._read(reader, part, part, self._new_cache(reader))
         elif part == "flipped" and reader in ("ours", *PEERS):
-            shutil.rmtree(cache, ignore_errors=True)
             with one_flipped_bit(location_of(reader)):
-                self._read(reader, part, part, cache)
+                self._read(reader, part, part, self._new_cache(reader))
+
+    def remove_caches(self) -> None:
+        """Delete what readers cached."""
+        for cache in self._caches:
             shutil.rmtree(cache, ignore_errors=True)
+
+    def _new_cache(self, reader: str) -> Path:
+        """An empty cache. None is deleted before the end: for a while after, ext4 makes files five times slower."""
+        self._caches.append(self._folder / f"cache-{reader}-{len(self._caches)}")
+        return self._caches[-1]
 
     def _read(self, reader: str, part: str, label: str, cache: Path) -> None:
         done = self._child(reader, "read", reader, location_of(reader), part, str(cache), str(self._truth))
@@ -183,6 +194,15 @@ def table(bench: Bench) -> str:
     def cpu(reader: str, part: str) -> str:
         return f"{median(reader, part, 'cpu_seconds') / median(reader, part, 'tokens') * 1e6:.4f}"
 
+    def over_floor(reader: str, part: str) -> str:
+        """Against the floor of the same round: what else the machine does changes from round to round."""
+        spent, floors = (
+            [result["cpu_seconds"] / result["tokens"] for result in bench.results.get(key, [])]
+            for key in ((reader, part), ("floor", "cold"))
+        )
+        ratios = [own / floor for own, floor in zip(spent, floors, strict=False)]
+        return f"{statistics.median(ratios):.2f}" if ratios else "-"
+
     def first(reader: str, part: str) -> str:
         return f"{median(reader, part, 'first_seconds'):.3f}"
 
@@ -191,6 +211,8 @@ def table(bench: Bench) -> str:
         "warm": lambda reader: rate(reader, "warm"),
         "CPU-s/M tokens cold": lambda reader: cpu(reader, "cold"),
         "warm ": lambda reader: cpu(reader, "warm"),
+        "over the floor, cold": lambda reader: over_floor(reader, "cold"),
+        "over the floor, warm": lambda reader: over_floor(reader, "warm"),
         "1 worker": lambda reader: f"{rate(reader, 'workers1')} at {cpu(reader, 'workers1')}",
         "2 workers": lambda reader: f"{rate(reader, 'workers2')} at {cpu(reader, 'workers2')}",
         "first batch s": lambda reader: first(reader, "cold"),
@@ -247,6 +269,7 @@ def main() -> None:
                     for reader in bench.readers[turn:] + bench.readers[:turn]:
                         bench.measure(reader, part)
                 print(f"round {number + 1} of {options.rounds}", flush=True)
+            bench.remove_caches()
             print(table(bench))
             record = [{"reader": reader, "label": label, **each} for (reader, label), results in bench.results.items()
                       for each in results]  # fmt: skip
