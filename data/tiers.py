@@ -229,7 +229,7 @@ class DiskTier:
         """Memory for a file."""
         size = 1 << max(num_bytes - 1, 0).bit_length()
         rooms = self._rooms.setdefault(size, Rooms(size))
-        return memoryview(rooms.array(num_bytes, np.uint8))
+        return rooms.array(num_bytes, np.uint8).data
 
     def _created(self, path: str) -> int:
         """The descriptor of a new file, in a folder that may be new."""
