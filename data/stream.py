@@ -28,7 +28,7 @@ Place = tuple[int, int]
 """A source, and the number of a block or of a group of blocks in it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Plan:
     """Places of the samples of some steps, rows of one data rank: arrays of shape (steps, rows)."""
 
@@ -41,6 +41,8 @@ class _Plan:
     """Whether nothing was read before it."""
     groups: dict[Place, dict[int, int]]
     """Blocks that lie together and were not asked for yet, by source and group: block -> first step that needs it."""
+    asked: int = 0
+    """Steps of the plan from the first, all blocks of which were asked for."""
     ahead: list[int] = field(default_factory=list)
     """For each block that was asked for before it was needed, the step that needs it."""
     held: dict[Place, memoryview] = field(default_factory=dict)
@@ -166,16 +168,18 @@ class Stream(SampleOrder):
     def _read_ahead(self, plan: _Plan, place: int) -> None:
         """Ask for the blocks of this step, and of later ones within the budget, together with their neighbours."""
         plan.ahead[:] = [first for first in plan.ahead if first > place]
-        for step in range(place, len(plan.needed)):
+        for step in range(max(place, plan.asked), len(plan.needed)):
             for source, block in plan.needed[step]:
                 group = plan.groups[source, block // GROUP_BLOCKS]
                 if block not in group:
                     continue
                 if step > place and len(plan.ahead) >= self.spec.shuffle.readahead_blocks:
+                    plan.asked = step
                     return
                 plan.ahead.extend(first for first in group.values() if first > place)
                 self._sources[source].dataset.expect("train", sorted(group))
                 group.clear()
+        plan.asked = len(plan.needed)
 
     def _gathered(self, sources: Indices, first_tokens: Indices, held: dict[Place, memoryview]) -> Tokens:
         """Tokens of samples, shape (N, sequence_length + 1); `held` gets the blocks they are in."""
