@@ -12,7 +12,7 @@ import xxhash
 from conf.errors import DataError
 from data.index import BlockRef
 from data.storage import ArchivedObjectError, Store
-from data.tiers import Tier
+from data.tier import Tier
 
 REREADS = 4
 """What arrives damaged is read this often before it is called damaged where it is stored."""

@@ -35,7 +35,7 @@ from data.index import (
 from data.storage import MissingObjectError, Store
 from data.stored import check_stored
 from data.tables import read_table
-from data.tiers import Tier
+from data.tier import Tier
 
 CACHE_BYTES = 64 << 20
 NUM_PARTS = 24

@@ -21,13 +21,14 @@ from fault_proxy import FAULTS, FaultProxy
 
 from conf.errors import DataError
 from conf.schema import DiskTierConfig, MemoryTierConfig, RedisTierConfig, ShuffleConfig, StorageConfig, TierConfig
+from data.disk import DiskTier
 from data.ingest import Ingestion, ingest
 from data.samples import StreamSpec
 from data.shards import Access, Dataset
 from data.steps import ALL_STEPS
 from data.storage import MissingObjectError, Store
 from data.stream import Stream
-from data.tiers import DiskTier, RedisTier, open_tiers
+from data.tiers import RedisTier, open_tiers
 from data.tokenizer import Tokenizer
 from data.writer import DatasetFacts, DatasetWriter
 

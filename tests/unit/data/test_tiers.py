@@ -8,9 +8,10 @@ import numpy as np
 from conftest import MakeDataset
 
 from conf.schema import DiskTierConfig
+from data.disk import DiskTier
 from data.index import part_name
 from data.shards import Access, Dataset
-from data.tiers import DiskTier, open_tiers
+from data.tiers import open_tiers
 
 
 def disk(folder: Path) -> DiskTierConfig:
