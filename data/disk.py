@@ -28,8 +28,9 @@ class DiskTier:
 
     A file appears by rename, so nobody reads half of one; removing one that is being read does not disturb the reader.
     Nothing is synced: what a crash leaves of a file is found by its hash. Leases are locks on bytes of one file, which
-    the kernel gives back when their holder dies, and files are in 16 folders: making files and folders costs as much as
-    writing blocks. The bytes in use are a number in a file, changed under a lock, counted anew when the tier is emptied.
+    the kernel gives back when their holder dies, and files are in 16 folders: to make files and folders costs as much
+    as to write blocks. The bytes in use are a number in a file, changed under a lock, counted anew when the tier is
+    emptied.
     """
 
     def __init__(self, config: DiskTierConfig) -> None:
