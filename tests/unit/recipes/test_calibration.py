@@ -8,8 +8,8 @@ import pytest
 from check_samples import rehearsal
 
 from conf.errors import DataError
+from data.samples import Sample
 from data.shards import TokenDocument
-from data.stream import Sample
 from recipes.calibration import refuse_overlap
 
 DOCUMENTS = [np.arange(start, start + 40, dtype=np.uint16) for start in (0, 100, 200)]
