@@ -98,13 +98,18 @@ class BlockCache:
             self._read(split, kept.unread)
             try:
                 return kept.tokens.result()
+            except CancelledError:
+                with self._lock:
+                    if self._kept.get(key) is kept:
+                        raise  # closed
+                # Dropped for others before anybody read it.
             except BaseException as error:
                 with self._lock:
                     self._kept.pop(key, None)
                 if self._archive is None or not isinstance(error, ArchivedObjectError):
                     raise
-            # Here and not in the pool: blocks that are not archived are read meanwhile.
-            self._thaw(self._archive, self._place_of(split, number).path)
+                # Here and not in the pool: blocks that are not archived are read meanwhile.
+                self._thaw(self._archive, self._place_of(split, number).path)
 
     def expect(self, split: Split, numbers: Iterable[int]) -> None:
         """Begin to read blocks that will be asked for; what was asked for longest ago is dropped for them.

@@ -157,6 +157,23 @@ def test_what_is_fetched_now_is_read_by_whoever_asks_and_has_its_errors_later(tm
         dataset.tokens("train", 64 * 9, 64)
 
 
+def test_a_block_that_is_dropped_for_others_before_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = write_dataset(tmp_path / "set", 1500).tokens("train", 0, 64)
+    dataset = Dataset.open(tmp_path / "set", Access(cache_bytes=1))
+    blocks = dataset._blocks
+    read, others = blocks._read, iter([range(8, 12)])
+    monkeypatch.setattr(blocks._pool, "submit", lambda *ignored: None)
+
+    def dropped_before_it_is_read(*args: Any) -> None:
+        blocks.expect("train", next(others, ()))
+        read(*args)
+
+    monkeypatch.setattr(blocks, "_read", dropped_before_it_is_read)
+    assert np.array_equal(dataset.tokens("train", 0, 64), expected)
+
+
 def test_one_flipped_bit_is_noticed_and_the_shard_named(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "set", 1500)
     shard = tmp_path / "set/train/shards/00000001.arrow"
