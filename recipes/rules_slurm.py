@@ -22,6 +22,11 @@ OURS = {
     "--ntasks-per-node": "cluster.ranks_per_node",
     "--gpus-per-node": "cluster.ranks_per_node",
     "--gres": "cluster.ranks_per_node",
+    "--gpus": "cluster.ranks_per_node",
+    "-G": "cluster.ranks_per_node",
+    "--no-requeue": "cluster.slurm.max_requeues",
+    "--no-kill": "cluster.slurm.spare_nodes",
+    "-k": "cluster.slurm.spare_nodes",
     "--time": "cluster.slurm.time_limit_minutes",
     "-t": "cluster.slurm.time_limit_minutes",
     "--signal": "cluster.slurm.signal_seconds",
@@ -164,7 +169,8 @@ def script_lines_are_lines(config: RunConfig, machine: Machine) -> Iterator[Prob
     if slurm is None:
         return
     for option in slurm.sbatch:
-        name = re.split(r"[=\s]", option)[0]
+        # The value of a short option may follow without a space: -N4.
+        name = re.split(r"[=\s]", option)[0] if option.startswith("--") else option[:2]
         if not option.startswith("-") or "\n" in option:
             yield Problem("cluster.slurm.sbatch", f"{option!r} is not one option of sbatch, e.g. --constraint=ib.")
         elif name in OURS:

@@ -11,7 +11,7 @@ import json
 import socket
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,22 @@ def require_shared(nodes: Sequence[str], reports: Mapping[str, Report], written:
         )
 
 
+def require_some_sound(nodes: Sequence[str], failed: Collection[str], run: Path) -> None:
+    """On the first start of a run some node passes, or the checks are at fault and would leave out node after node.
+
+    Two nodes may fail for the one link between them; each of more is measured with two others.
+
+    Raises:
+        UserError: none does, and the run was never started.
+    """
+    if len(nodes) > 2 and len(failed) == len(nodes) and not (run / "status.json").exists():
+        raise UserError(
+            f"all {len(nodes)} nodes failed their checks, and no rank was ever started, so this is more likely a "
+            "setting than the nodes; the job ends instead of going through the cluster. The thresholds are "
+            "cluster.slurm.preflight.*; what was measured is in the file reports of this start."
+        )
+
+
 def read_reports(text: str) -> dict[str, Report]:
     """Reports by node. Other output between them, as from a container's start, is passed over."""
     found = {}
@@ -113,6 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for node, reasons in choice.failed.items():
         print(f"node {node} failed its checks: {'; '.join(reasons)}")
+    try:
+        require_some_sound(nodes, choice.failed, given.run)
+    except UserError as error:
+        print(f"error: {error}")
+        return 2
     (given.attempt / "failed").write_text(",".join(choice.failed))
     if not choice.chosen:
         print(f"{len(nodes) - len(choice.failed)} of {len(nodes)} nodes are sound, {given.num_nodes} are needed")

@@ -28,6 +28,8 @@ import psutil
 
 POLL_SECONDS = 0.25
 READY_SECONDS = 300.0
+LOST_SECONDS = 120.0
+"""After its Ray has ended, a worker waits so long for word from the first node: a failed driver takes less to end."""
 OBJECT_STORE_BYTES = 80 * 2**20
 MOST_CHARACTERS = 24
 """Of a directory for Ray: its sockets lie about 75 characters deeper, and the kernel allows 107."""
@@ -40,6 +42,8 @@ DONE = "done"
 """File of an attempt: its driver has ended."""
 UP = "up-"
 """Files of an attempt, with a node's name after it: it has joined the head's Ray."""
+LEFT = "left-"
+"""Files of an attempt, with a node's name after it: it had joined, and nothing of its Ray is left."""
 STOP = "stop"
 """File of an attempt that asks its driver to stop."""
 TERMINATED = "terminated"
@@ -57,14 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--driver", help="module that works on the run; on the head")
     given = parser.parse_args(arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    raise_limits()
     chosen = dict(line.split() for line in (given.attempt / "chosen").read_text().splitlines())
     own = chosen[os.environ["SLURMD_NODENAME"]]
     options = [
         f"--node-ip-address={own}",
         # The head needs a processor more, for whoever looks after the ranks.
-        f"--num-cpus={given.ranks + 1}",
+        f"--num-cpus={given.ranks + (given.role == 'head')}",
         f"--num-gpus={given.gpus}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         # Several jobs may share a node, and this one is fixed unless it is said.
@@ -72,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Else every Ray of a host deals the same ports to its workers and drivers, and one of two jobs dies of it.
         "--min-worker-port=0",
         "--max-worker-port=0",
+        # Ranks write their own logs; this would send what they print through the head as well.
+        "--include-log-monitor=false",
         "--disable-usage-stats",
         "--block",
     ]
@@ -79,6 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return serve(given.attempt, options)
     driver = ["-m", given.driver, str(given.run), f"--nodes={','.join(chosen.values())}"]
     return lead(given.attempt, given.run, own, options, driver)
+
+
+def raise_limits() -> None:
+    """As many files, and as much locked memory for InfiniBand, as this node lets its processes have."""
+    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK):
+        _, most = resource.getrlimit(limit)
+        resource.setrlimit(limit, (most, most))
 
 
 def lead(attempt: Path, run: Path, own: str, options: list[str], driver: list[str]) -> int:
@@ -109,16 +121,31 @@ def lead(attempt: Path, run: Path, own: str, options: list[str], driver: list[st
 def serve(attempt: Path, options: list[str]) -> int:
     """A node of the head's Ray, until the driver has ended."""
     address = wait_for_text(attempt / ADDRESS)
-    deadline = time.monotonic() + READY_SECONDS
+    deadline, name = time.monotonic() + READY_SECONDS, os.environ["SLURMD_NODENAME"]
     with tempfile.TemporaryDirectory(prefix="ray-", dir=short_directory(), ignore_cleanup_errors=True) as directory:
         # Ray gives up sooner than a loaded head needs to answer.
         while time.monotonic() < deadline and DONE not in os.listdir(attempt):
             with running_ray([f"--address={address}", *options], Path(directory)) as ray:
                 if is_up(ray, Path(directory)):
-                    (attempt / f"{UP}{os.environ['SLURMD_NODENAME']}").touch()
+                    (attempt / f"{UP}{name}").touch()
                 while ray.poll() is None and DONE not in os.listdir(attempt):
                     time.sleep(POLL_SECONDS)
-    return 0 if DONE in os.listdir(attempt) else 1
+    (attempt / f"{LEFT}{name}").touch()
+    try:
+        wait_for_text(attempt / DONE, LOST_SECONDS)
+    except TimeoutError:
+        return queue_again()
+    return 0
+
+
+def queue_again() -> int:
+    """Put the job back into the queue: the first node is lost, and with it the batch script that would have.
+
+    Slurm itself does so for a job that loses any node, but one with spare nodes (`--no-kill`) would hold them, idle,
+    until its time limit.
+    """
+    print("error: the first node of the job is lost; the job is queued again", flush=True)
+    return subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False).returncode
 
 
 def nodes_without_ray(attempt: Path, ray: subprocess.Popen[bytes], deadline: float) -> list[str]:
@@ -175,6 +202,14 @@ def publish(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     temporary.write_text(text)
     temporary.rename(file)
+
+
+def wait_until_left(attempt: Path, node: str, seconds: float) -> None:
+    """Wait until nothing of an ended attempt's Ray is left on this node; its head has been waited for already."""
+    others = [line.split()[0] for line in (attempt / "chosen").read_text().splitlines()][1:]
+    deadline = time.monotonic() + seconds
+    while node in others and f"{LEFT}{node}" not in os.listdir(attempt) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
 def wait_for_text(file: Path, seconds: float = READY_SECONDS) -> str:

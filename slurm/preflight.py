@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -23,12 +24,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from slurm.node import publish, wait_for_text
+from slurm.node import publish, raise_limits, wait_for_text, wait_until_left
 from slurm.topology import addresses
 
 GIB = 2**30
 TOOL_SECONDS = 60
 CLOCK_SECONDS = 10.0
+LEAVE_SECONDS = 10.0
+"""As long as the batch script gives the workers of an attempt to end by themselves."""
 CLOCK = "clock"
 """File of an attempt: where the first node tells the time."""
 MEASUREMENTS = 4
@@ -88,13 +91,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--intra-node", type=float, default=0, help="least GB/s within a node; 0: not measured")
     parser.add_argument("--node-pair", type=float, default=0, help="least GB/s between two nodes; 0: not measured")
     parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--after", type=Path, help="attempt that failed: is a node the reason, and which?")
     given = parser.parse_args(arguments)
+    raise_limits()
     report = Report(node=os.environ["SLURMD_NODENAME"])
+    if given.after is not None:
+        # Memory that a rank still held would be taken for somebody else's.
+        wait_until_left(given.after, report.node, LEAVE_SECONDS)
     checks: list[tuple[str, Callable[[], Iterator[str]]]] = [
         ("GPUs", lambda: gpu_faults(given.gpus)),
         ("GPU errors in the kernel's log", lambda: xid_faults(given.gpus)),
         ("NVLink", lambda: nvlink_faults(given.gpus)),
         ("InfiniBand", lambda: infiniband_faults(INFINIBAND, given.infiniband_ports, given.infiniband_gbit)),
+        ("locked memory", lambda: locked_memory_faults(given.infiniband_ports)),
         ("the local disk", lambda: disk_faults(given.disk_gib)),
     ]
     for what, check in checks:
@@ -103,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Unchecked as reason:
             report.unchecked.append(f"{what}: {reason}")
     report.sees_run = look_at_run(given.attempt, given.run, report.node)
-    if report.sees_run:
+    # What nodes do together is for the start: a node that is lost would only be waited for.
+    if report.sees_run and given.after is None:
         nodes = (given.attempt / "asked").read_text().split()
         with answering_clock(given.attempt, nodes, report.node):
             report.clock_offset = clock_offset(given.attempt, nodes, report.node)
@@ -208,11 +218,11 @@ def parse_nvlinks(status: str) -> Iterator[str]:
 
 
 def infiniband_faults(root: Path, ports: int, gbit: float) -> Iterator[str]:
-    """As many active ports as asked for, each at its full rate.
+    """As many active ports at full rate as asked for. A node may have others: not cabled, or slower, for storage.
 
     Args:
         root: the kernel's directory of InfiniBand devices.
-        ports: how many must be active.
+        ports: how many are needed.
         gbit: least rate of each, in Gbit/s.
 
     Raises:
@@ -220,20 +230,36 @@ def infiniband_faults(root: Path, ports: int, gbit: float) -> Iterator[str]:
     """
     if ports == 0:
         raise Unchecked("none is asked for")
-    active = 0
+    sound, others = 0, []
     for port in sorted(root.glob("*/ports/*")):
         if (port / "link_layer").exists() and (port / "link_layer").read_text().strip() != "InfiniBand":
             continue
         name = f"{port.parent.parent.name} port {port.name}"
         state, rate = (port / "state").read_text().strip(), (port / "rate").read_text().strip()
         if "ACTIVE" not in state:
-            yield f"{name} is {state.partition(': ')[2] or state}"
-            continue
-        active += 1
-        if float(rate.split()[0]) < gbit:
-            yield f"{name} runs at {rate}, {gbit:g} Gb/sec are needed"
-    if active < ports:
-        yield f"{active} InfiniBand ports are active, {ports} are needed"
+            others.append(f"{name} is {state.partition(': ')[2] or state}")
+        elif float(rate.split()[0]) < gbit:
+            others.append(f"{name} runs at {rate}")
+        else:
+            sound += 1
+    if sound < ports:
+        yield "; ".join([f"{sound} InfiniBand ports are active at {gbit:g} Gb/sec, {ports} are needed", *others])
+
+
+def locked_memory_faults(ports: int) -> Iterator[str]:
+    """A process may lock the memory that InfiniBand works on.
+
+    Raises:
+        Unchecked: no InfiniBand is asked for.
+    """
+    if ports == 0:
+        raise Unchecked("no InfiniBand is asked for")
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if most != resource.RLIM_INFINITY and most < GIB:
+        yield (
+            f"a process may lock {most // 1024} KiB of memory, InfiniBand needs it unlimited: type ulimit -l unlimited "
+            "before you submit, or have PropagateResourceLimitsExcept=MEMLOCK set in slurm.conf"
+        )
 
 
 def disk_faults(gib: float) -> Iterator[str]:

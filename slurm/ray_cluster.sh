@@ -25,7 +25,7 @@ ask_to_stop() {
 }
 trap '[ -n "$stop" ] || ask_to_stop limit "the time limit or a preemption is near"' USR1
 trap 'ask_to_stop user "asked to stop"' TERM INT
-trap after EXIT
+trap 'set +u; after' EXIT
 
 # A step on some nodes, always in the background, so that this shell stays free for signals. `--cpus-per-task` is said
 # because srun does not take it from the job.
@@ -44,10 +44,9 @@ await() {
 # end_after SECONDS PID: end a step that does not end; srun answers SIGTERM by killing it, but not on a node that is lost.
 end_after() {
     (
-        sleep "$1" & trap 'kill $!; exit' TERM; wait $!
-        kill -TERM "$2"; sleep 10 & wait $!; kill -KILL "$2"
+        for ((left = $1; left > 0; left--)); do sleep 1; kill -0 "$2" || exit; done
+        kill -TERM "$2"; sleep 10; kill -KILL "$2"
     ) 2>/dev/null &
-    watch=$!
 }
 
 # check_nodes DIRECTORY NEEDED OPTION... : ask the nodes that are left, and choose among those that are sound.
@@ -69,7 +68,6 @@ check_nodes() {
     checks=$!
     end_after "$preflight_seconds" $checks
     await $checks
-    kill $watch 2>/dev/null
     step --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${python[@]}" -m slurm.choose \
         --attempt="$directory" --run="$run" --num-nodes="$needed" "${choose_options[@]}" &
     await $!
@@ -91,9 +89,9 @@ queue_again() {
     # A job that was cancelled stays cancelled.
     [ "$state" = JobState=RUNNING ] || { say "not queued again: ${state#*=}"; exit "$1"; }
     [ "$restart" -lt "$max_requeues" ] || { say "not queued again: it was $restart times (max_requeues)"; exit "$1"; }
-    say "queued again: it continues from its newest checkpoint${excluded:+, without $excluded}"
     trap '' TERM
-    scontrol requeue "$job"
+    scontrol requeue "$job" || { say "not queued again: scontrol failed. Continue with resume=$run"; exit "$1"; }
+    say "queued again: it continues from its newest checkpoint${excluded:+, without $excluded}"
     if [ -n "$excluded" ]; then
         before=$(scontrol show job -o "$job" | grep -o 'ExcNodeList=[^ ]*')
         before=${before#*=}
@@ -119,11 +117,13 @@ train() {
         2>"$attempt/ray-head.log" &
     await $!
     local code=$?
+    # Tells the workers, should their head have been killed before it could.
+    touch "$attempt/done"
     if [ -n "$workers" ]; then
-        # They end by themselves when the driver has.
+        # They end by themselves then, but not on a node that is lost: the check that follows a failure waits for each
+        # on its own node.
         end_after 10 $workers
-        await $workers
-        kill $watch 2>/dev/null
+        case $code in 0 | 2 | 75 | 130) await $workers ;; esac
     fi
     return $code
 }
@@ -131,7 +131,10 @@ train() {
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 excluded=
 say "starts on $SLURM_JOB_NODELIST$([ "$restart" -gt 0 ] && echo ", for the $((restart + 1))th time")"
+# Lines of a user's own, as of a conda environment, may read variables that nobody has set.
+set +u
 before
+set -u
 for ((number = 1; ; number++)); do
     attempt=$run/slurm/$job-$restart-$number
     check_nodes "$attempt" "$num_nodes" "${bandwidth_options[@]}"
@@ -157,7 +160,7 @@ for ((number = 1; ; number++)); do
         0 | 2 | 130) break ;;
     esac
     # A rank failed: by its node's fault, or by its own?
-    check_nodes "$attempt/after" "$num_nodes"
+    check_nodes "$attempt/after" "$num_nodes" --after="$attempt"
     code_of_check=$?
     failed=$(cat "$attempt/after/failed" 2>/dev/null)
     [ -n "$failed" ] || break

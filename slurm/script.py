@@ -148,7 +148,8 @@ def _mounts(job: Job) -> list[str]:
 
 def _srun_options(job: Job) -> list[str]:
     # Steps share the allocation: the ranks get all of it, and the checks beside them nothing of their own.
-    options = ["--overlap", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0"]
+    # Ranks find each other by themselves, whatever MpiDefault starts for others.
+    options = ["--overlap", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0", "--mpi=none"]
     container = job.slurm.container
     if container.runtime == "pyxis":
         mounts = ",".join(_mounts(job))

@@ -16,7 +16,7 @@ runs=(/lustre/runs/foundation-20260131-142501-3f9a)
 num_nodes=256
 max_requeues=50
 preflight_seconds=300
-srun_options=(--overlap --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0)
+srun_options=(--overlap --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --mpi=none)
 python=(apptainer exec --nv --bind=/home/ada/frontier:/home/ada/frontier --bind=/lustre/runs:/lustre/runs --pwd=/home/ada/frontier /images/train.sif python)
 driver=recipes.job
 node_options=(--ranks=8 --gpus=8)

@@ -14,7 +14,7 @@ runs=(/lustre/runs/r-0 /lustre/runs/r-1 /lustre/runs/r-2)
 num_nodes=2
 max_requeues=50
 preflight_seconds=300
-srun_options=(--overlap --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0)
+srun_options=(--overlap --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --mpi=none)
 python=(/home/ada/venv/bin/python)
 driver=recipes.job
 node_options=(--ranks=1 --gpus=0)

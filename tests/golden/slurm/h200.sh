@@ -16,7 +16,7 @@ runs=(/lustre/runs/foundation-20260131-142501-3f9a)
 num_nodes=256
 max_requeues=50
 preflight_seconds=300
-srun_options=(--overlap --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0)
+srun_options=(--overlap --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --mpi=none)
 python=(/home/ada/venv/bin/python)
 driver=recipes.job
 node_options=(--ranks=8 --gpus=8)

@@ -85,6 +85,8 @@ class TestTime:
         ({"slurm__sbatch": ("--comment=a\nrm -r x",)}, "cluster.slurm.sbatch", ["is not one option"]),
         ({"slurm__sbatch": ("--nodes=3",)}, "cluster.slurm.sbatch", ["cluster.num_nodes"]),
         ({"slurm__sbatch": ("-A x",)}, "cluster.slurm.sbatch", ["cluster.slurm.account"]),
+        ({"slurm__sbatch": ("-N4",)}, "cluster.slurm.sbatch", ["cluster.num_nodes"]),
+        ({"slurm__sbatch": ("--no-requeue",)}, "cluster.slurm.sbatch", ["cluster.slurm.max_requeues"]),
         ({"slurm__variables": {"A B": "1"}}, "cluster.slurm.variables", ["no name"]),
         ({"slurm__variables": {"WANDB_API_KEY": "1"}}, "cluster.slurm.variables", ["for all to read"]),
         (

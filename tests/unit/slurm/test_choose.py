@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
-from slurm.choose import choose, read_reports, require_shared
+from slurm.choose import choose, read_reports, require_shared, require_some_sound
 from slurm.preflight import Report
 
 TWO_LEAVES = "SwitchName=a Nodes=n1,n3,n5\nSwitchName=b Nodes=n2,n4\nSwitchName=top Nodes=n[1-5] Switches=a,b\n"
@@ -103,6 +103,16 @@ class TestShared:
 
     def test_a_job_of_one_node_shares_with_nobody(self):
         self.check(["n1"], ["n1"], nodes=("n1",))
+
+
+def test_where_every_node_fails_at_the_first_start_the_checks_are_suspected_and_later_the_nodes(tmp_path):
+    with pytest.raises(UserError, match=r"all 5 nodes failed .* cluster\.slurm\.preflight"):
+        require_some_sound(NODES, NODES, tmp_path)
+    require_some_sound(NODES, NODES[1:], tmp_path)
+    # One bad link fails both its ends.
+    require_some_sound(NODES[:2], NODES[:2], tmp_path)
+    (tmp_path / "status.json").touch()
+    require_some_sound(NODES, NODES, tmp_path)
 
 
 def test_reports_are_found_between_other_output():

@@ -1,10 +1,20 @@
 """The checks of one node, on what its tools and its kernel print."""
 
+import resource
+
 import pytest
 
 from slurm import preflight
 from slurm.bandwidth import bus_bandwidth, rounds
-from slurm.preflight import Unchecked, disk_faults, gpu_faults, infiniband_faults, nvlink_faults, xid_faults
+from slurm.preflight import (
+    Unchecked,
+    disk_faults,
+    gpu_faults,
+    infiniband_faults,
+    locked_memory_faults,
+    nvlink_faults,
+    xid_faults,
+)
 
 
 def faults_of_gpus(*rows, wanted=2):
@@ -100,17 +110,31 @@ class TestInfiniband:
         self.port(tmp_path, "mlx5_eth", rate="25 Gb/sec (1X EDR)", layer="Ethernet")
         assert list(infiniband_faults(tmp_path, 2, 400)) == []
 
-    def test_ports_that_are_down_slow_or_missing_are_named(self, tmp_path):
+    def test_a_port_that_nothing_is_plugged_into_and_a_slower_one_for_storage_are_no_fault(self, tmp_path):
+        self.port(tmp_path, "mlx5_0")
+        self.port(tmp_path, "mlx5_1")
+        self.port(tmp_path, "mlx5_2", state="1: DOWN")
+        self.port(tmp_path, "mlx5_3", rate="200 Gb/sec (4X HDR)")
+        assert list(infiniband_faults(tmp_path, 2, 400)) == []
+
+    def test_where_too_few_are_sound_those_that_are_down_or_slow_are_named(self, tmp_path):
         self.port(tmp_path, "mlx5_0", state="1: DOWN")
         self.port(tmp_path, "mlx5_1", rate="200 Gb/sec (4X HDR)")
+        self.port(tmp_path, "mlx5_2")
         assert list(infiniband_faults(tmp_path, 2, 400)) == [
-            "mlx5_0 port 1 is DOWN",
-            "mlx5_1 port 1 runs at 200 Gb/sec (4X HDR), 400 Gb/sec are needed",
-            "1 InfiniBand ports are active, 2 are needed",
+            "1 InfiniBand ports are active at 400 Gb/sec, 2 are needed; mlx5_0 port 1 is DOWN; "
+            "mlx5_1 port 1 runs at 200 Gb/sec (4X HDR)"
         ]
 
     def test_a_machine_without_any_is_short_of_all(self, tmp_path):
-        assert list(infiniband_faults(tmp_path / "none", 8, 400)) == ["0 InfiniBand ports are active, 8 are needed"]
+        (fault,) = infiniband_faults(tmp_path / "none", 8, 400)
+        assert fault == "0 InfiniBand ports are active at 400 Gb/sec, 8 are needed"
+
+    @pytest.mark.parametrize(("most", "is_sound"), [(8 << 20, False), (64 << 30, True), (resource.RLIM_INFINITY, True)])
+    def test_a_limit_on_locked_memory_is_a_fault(self, monkeypatch, most, is_sound):
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 16, most))
+        faults = list(locked_memory_faults(8))
+        assert faults == [] if is_sound else "may lock 8192 KiB" in faults[0] and "ulimit -l" in faults[0]
 
 
 def test_a_full_disk_is_a_fault():
@@ -126,6 +150,7 @@ def test_a_full_disk_is_a_fault():
         (lambda: xid_faults(0), "CPUs"),
         (lambda: nvlink_faults(1), "fewer than two"),
         (lambda: infiniband_faults(preflight.INFINIBAND, 0, 400), "none is asked for"),
+        (lambda: locked_memory_faults(0), "no InfiniBand"),
     ],
 )
 def test_checks_with_nothing_to_look_at_say_so_and_do_not_pass(check, reason):
