@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 
 CONFIGURATION = """\
 ClusterName=test
