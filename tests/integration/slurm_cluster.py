@@ -173,10 +173,12 @@ class SlurmCluster:
                     environment.get("SLURMD_NODENAME") in nodes
                 ):
                     found += [process, *(each for each in process.parents() if each.name() == "slurmstepd")]
-        # Step daemons first: they would clean up after their tasks, which a node that loses its power does not.
-        for process in sorted(set(found), key=lambda each: (each.name() != "slurmstepd", each.pid)):
-            with suppress(psutil.Error):
-                process.kill()
+        # Frozen before they are killed: whoever outlived another would clean up after it, which a node that loses its
+        # power does not (step daemons end tasks, srun has a child that ends its step elsewhere).
+        for act in (psutil.Process.suspend, psutil.Process.kill):
+            for process in set(found):
+                with suppress(psutil.Error):
+                    act(process)
 
     def _spawn(self, *words: str, name: str | None = None) -> None:
         name = name or words[0]
