@@ -121,12 +121,13 @@ def lead(attempt: Path, run: Path, own: str, options: list[str], driver: list[st
 def serve(attempt: Path, options: list[str]) -> int:
     """A node of the head's Ray, until the driver has ended."""
     address = wait_for_text(attempt / ADDRESS)
-    deadline, name = time.monotonic() + READY_SECONDS, os.environ["SLURMD_NODENAME"]
+    deadline, name, joined = time.monotonic() + READY_SECONDS, os.environ["SLURMD_NODENAME"], False
     with tempfile.TemporaryDirectory(prefix="ray-", dir=short_directory(), ignore_cleanup_errors=True) as directory:
         # Ray gives up sooner than a loaded head needs to answer.
-        while time.monotonic() < deadline and DONE not in os.listdir(attempt):
+        while not joined and time.monotonic() < deadline and DONE not in os.listdir(attempt):
             with running_ray([f"--address={address}", *options], Path(directory)) as ray:
-                if is_up(ray, Path(directory)):
+                joined = is_up(ray, Path(directory))
+                if joined:
                     (attempt / f"{UP}{name}").touch()
                 while ray.poll() is None and DONE not in os.listdir(attempt):
                     time.sleep(POLL_SECONDS)
