@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import get_args
 
@@ -223,9 +224,8 @@ class Saver:
         started = time.monotonic()
         while not is_done():
             waited = time.monotonic() - started
-            notes = sorted(save.partial.glob("rank-*.failed"))
-            if notes:
-                raise CheckpointError(notes[0].read_text())
+            if note := note_of_failure(save.partial):
+                raise CheckpointError(note)
             if waited > self._timeout_seconds:
                 raise CheckpointError(
                     f"waited {self._timeout_seconds:.0f} s for the other ranks' files in {save.partial} "
@@ -311,6 +311,18 @@ def _is_sound(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def note_of_failure(partial: Path) -> str | None:
+    """What a rank that has given up left for the others, if one has.
+
+    One look at the directory: between two, the first rank may give it its final name.
+    """
+    try:
+        notes = sorted(name for name in os.listdir(partial) if fnmatch(name, "rank-*.failed"))
+        return (partial / notes[0]).read_text() if notes else None
+    except FileNotFoundError:
+        return None
 
 
 def _leftovers(directory: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from checkpoint_samples import PROVENANCE, sample_tensors, save, save_alone, sav
 from conf.errors import CheckpointError
 from parallel.engine import Piece
 from train.checkpoint import Checkpoint, checkpoints_in, newest_verified
-from train.saver import Saver
+from train.saver import Saver, note_of_failure
 from train.tensor_file import HostBuffer
 
 
@@ -188,6 +189,26 @@ def test_checkpoint_of_the_same_step_is_replaced_and_later_ones_stay(tmp_path):
     checkpoint = save_alone(tmp_path, 2, sample_tensors(seed=7), keep=1)
     assert checkpoint.weights.read("step", (), ()) == 48
     assert steps_in(tmp_path) == [2, 3]
+
+
+def test_a_rank_that_looks_for_failures_while_the_directory_gets_its_name_sees_none(tmp_path):
+    partial, target, over = tmp_path / "step-1.partial-1", tmp_path / "step-1", threading.Event()
+    partial.mkdir()
+
+    def rename_back_and_forth():
+        while not over.is_set():
+            partial.rename(target)
+            target.rename(partial)
+
+    renaming = threading.Thread(target=rename_back_and_forth)
+    renaming.start()
+    try:
+        assert {note_of_failure(partial) for _ in range(3000)} == {None}
+    finally:
+        over.set()
+        renaming.join()
+    (partial / "rank-00003.failed").write_text("no space")
+    assert note_of_failure(partial) == "no space"
 
 
 def test_leftovers_of_an_interrupted_run_are_cleared(tmp_path):
