@@ -135,17 +135,19 @@ def serve(attempt: Path, options: list[str]) -> int:
     try:
         wait_for_text(attempt / DONE, LOST_SECONDS)
     except TimeoutError:
-        return queue_again()
+        return queue_again(attempt)
     return 0
 
 
-def queue_again() -> int:
+def queue_again(attempt: Path) -> int:
     """Put the job back into the queue: the first node is lost, and with it the batch script that would have.
 
     Slurm itself does so for a job that loses any node, but one with spare nodes (`--no-kill`) would hold them, idle,
     until its time limit.
     """
-    print("error: the first node of the job is lost; the job is queued again", flush=True)
+    # What this process prints went through the first node.
+    with (attempt / "ray-workers.log").open("a") as log:
+        log.write("the first node of the job is lost: the job is queued again\n")
     return subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False).returncode
 
 

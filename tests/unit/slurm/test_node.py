@@ -34,6 +34,7 @@ def attempt(tmp_path, monkeypatch):
 def test_where_the_first_node_is_lost_a_worker_queues_the_job_again(attempt):
     assert serve(attempt, []) == 0
     assert (attempt.parent / "asked").read_text() == "requeue 3\n"
+    assert "first node of the job is lost" in (attempt / "ray-workers.log").read_text()
 
 
 def test_where_the_driver_has_ended_a_worker_leaves_and_says_so(attempt):
