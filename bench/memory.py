@@ -309,13 +309,13 @@ def _lesson(trial: Trial, mesh: Mesh) -> Lesson:
     if trial.taught == "no":
         return lambda batches: CrossEntropy()
     teacher = MegatronEngine(trial.model, trial.engine, None, mesh, micro_batch=trial.micro_batch)
-    for parameter in teacher._parameters:
+    for parameter in teacher._sharded.parameters:
         torch.nn.init.normal_(parameter, std=0.02)
     return FromTeacher(teacher, Distillation(), trial.top_k)
 
 
 def _measure(engine: MegatronEngine, lesson: Lesson, trial: Trial, tokens: int, live: Live) -> Bytes:
-    parameters = list(engine._parameters)
+    parameters = list(engine._sharded.parameters)
     shards = [shard for adam in engine._adams for shard in adam.shards()]
     apart = trial.precision == "bf16"
     for tensor in parameters:

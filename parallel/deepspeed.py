@@ -1,7 +1,7 @@
 """The DeepSpeed engine: ZeRO and DeepSpeed's pipeline around the same modules, behind the `Engine` protocol.
 
-Model, canonical names, forward-only scoring and the agreement of a step are those of `MegatronEngine`; what DeepSpeed
-does in place of Megatron is everything about gradients and the optimizer, and the pipeline's schedule in training.
+What DeepSpeed does in place of Megatron is everything about gradients and the optimizer, and the pipeline's schedule in
+training.
 """
 
 from __future__ import annotations
@@ -35,24 +35,25 @@ from parallel.cpu import adapt_deepspeed
 from parallel.disk_adam import DiskAdam
 from parallel.documents import Documents
 from parallel.engine import LossSums, Objective, Piece, TensorSource
-from parallel.inputs import Inputs, inputs_of_rank
-from parallel.megatron import LARGEST_BUCKET, MegatronEngine, detached
+from parallel.inputs import Inputs
 from parallel.mesh import Mesh
+from parallel.optimizer import FamilyAdam
 from parallel.state import pieces_of, read_range
+from parallel.training import LARGEST_BUCKET, TrainingEngine, detached
 
 
-class DeepSpeedEngine(MegatronEngine):
+class DeepSpeedEngine(TrainingEngine):
     """See `Engine`. Without an optimizer nothing of DeepSpeed is used, and weights are whole."""
 
     _trains_without_logits = False  # gradients are DeepSpeed's business, and at stage 3 weights are not whole
     _trainer: Any = None  # DeepSpeed's engine
 
-    def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[Any]]:
+    def _make_trainable(self, optim: OptimConfig) -> tuple[list[Any], list[FamilyAdam]]:
         adapt_deepspeed()
         logger.setLevel(logging.ERROR)  # it warns of optimizers that are not on its list
         # DeepSpeed keeps the groups of the first mesh it saw.
         deepspeed_groups._release_process_group_references()
-        (chunk,), (family,) = self._chunks, self._families
+        (chunk,), (family,) = self._chunks, self._sharded.families
         for parameter in chunk.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_ranks)
@@ -61,18 +62,18 @@ class DeepSpeedEngine(MegatronEngine):
         self._shape_of_stages: torch.Size | None = None
         self._documents: deque[Documents | None] = deque()  # of the micro-batches that are still to come
         # DeepSpeed takes the GPU that this names; a rank that sees one GPU alone has number 0, whatever its place.
-        os.environ["LOCAL_RANK"] = str(self._device.index or 0)
+        os.environ["LOCAL_RANK"] = str(self._sharded.device.index or 0)
         deepspeed.init_distributed(device.communication_backend(), dist_init_required=False)
         self._trainer, *_ = deepspeed.initialize(
             model=_Pipeline(chunk, self.mesh, self._documents) if in_stages else chunk,
             optimizer=inner,
             mpu=None if in_stages else _Groups(),
-            config=deepspeed_config(self._engine, self.mesh, self._micro_batch, chunk),
+            config=deepspeed_config(self._engine, self.mesh, self._schedule.micro_batch, chunk),
             dist_init_required=False,
         )
         logger.setLevel(logging.WARNING)
         kind = zero.kind_of(self._trainer)
-        return self._chunks, [kind(self._trainer, inner, family, self._saves)]
+        return self._chunks, [kind(self._trainer, inner, family, self._sharded.saves)]
 
     def _kind_of_adam(self) -> Callable[..., zero.GuardedAdam]:
         directory = self._engine.offload_directory
@@ -85,20 +86,19 @@ class DeepSpeedEngine(MegatronEngine):
     def _sum_over_tensor_ranks(self, gradient: Tensor) -> Tensor:
         # Each tensor rank has seen its part of the sequence only.
         gradient = gradient.clone()
-        dist.all_reduce(gradient, group=self._tensor_group)
+        dist.all_reduce(gradient, group=self._sharded.tensor_group)
         return gradient
 
     def _accumulate(self, micro_batches: Sequence[Batch], objectives: Sequence[Objective]) -> list[LossSums]:
         for adam in self._adams:
             adam.zero_gradients()
-        self._check_shapes(micro_batches)
-        inputs = [inputs_of_rank(batch, self.mesh, self.coordinate, self._device) for batch in micro_batches]
+        inputs = self._schedule.inputs(micro_batches)
         questions = [_Question(*pair) for pair in zip(inputs, objectives, strict=True)]
         sums: list[LossSums] = []
 
         def loss(logits_BSV: Tensor, asked: _Question) -> Tensor:
             given = asked.inputs
-            found = asked.objective(logits_BSV, given.labels_BS, given.loss_mask_BS, self._tensor_group)
+            found = asked.objective(logits_BSV, given.labels_BS, given.loss_mask_BS, self._sharded.tensor_group)
             sums.append(detached(found))
             return found.loss
 
@@ -134,10 +134,10 @@ class DeepSpeedEngine(MegatronEngine):
     def weights(self) -> Iterator[Piece]:
         """See `Engine.weights`."""
         if not self._adams or self._engine.zero_stage < 3:
-            yield from self._weight_pieces()
+            yield from super().weights()
             return
-        for parameter, boxes in self._parameters.items():
-            if self._saves(parameter):
+        for parameter, boxes in self._sharded.parameters.items():
+            if self._sharded.saves(parameter):
                 start, stop = zero.range_of(parameter)
                 yield from pieces_of(_part_of(parameter)[: stop - start], boxes, start)
 
@@ -149,10 +149,10 @@ class DeepSpeedEngine(MegatronEngine):
             return
         (adam,) = self._adams
         for shard in adam.shards():
-            values = read_range(source, self._parameters[shard.parameter], shard.start, shard.stop)
+            values = read_range(source, self._sharded.parameters[shard.parameter], shard.start, shard.stop)
             shard.main.copy_(values)
             _part_of(shard.parameter)[: values.numel()].copy_(values)
-        kept_whole = adam.wrapper.persistent_parameters
+        kept_whole = self._trainer.optimizer.persistent_parameters
         if kept_whole:
             kept_whole[0].all_gather(kept_whole)
 

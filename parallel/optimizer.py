@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -83,8 +83,45 @@ def families_of(parameters: Iterable[torch.nn.Parameter]) -> list[Family]:
     return families
 
 
+class FamilyAdam(Protocol):
+    """AdamW over one family of weights, whichever engine it belongs to.
+
+    Attributes:
+        distributed: each of the ranks that hold equal copies updates a part.
+        masters_apart: what Adam updates is other memory than the model's parameters.
+        family: what it updates.
+    """
+
+    distributed: bool
+    masters_apart: bool
+    family: Family
+
+    def shards(self) -> Iterator[OptimizerShard]:
+        """What this rank's Adam updates."""
+        ...
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients."""
+        ...
+
+    def gather_gradients(self) -> Tensor:
+        """Take the reduced gradients; returns this rank's share of the sum of their squares, float64, shape ().
+
+        What is held several times counts on one rank only.
+        """
+        ...
+
+    def step(self, outcome: Outcome, *, learning_rate: float) -> None:
+        """Divide the gradients and update, or leave everything as it is, and bring the parameters up to date."""
+        ...
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Continue as after `num_steps` steps."""
+        ...
+
+
 class ShardedAdam:
-    """AdamW over one family of weights of the wrapped (DDP) chunks of a model."""
+    """Megatron's: AdamW over one family of weights of the wrapped (DDP) chunks of a model."""
 
     def __init__(self, chunks: Sequence[Any], family: Family, engine: EngineConfig, optim: OptimConfig) -> None:
         self.distributed = engine.zero_stage == 1
