@@ -199,6 +199,30 @@ def _part(whole: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
     return torch.split(whole, sizes)[group.rank()]
 
 
+def _differentiate_swiglu_in_few_passes(module: Any) -> None:
+    # Its own goes through memory ten times, which is one kernel where it is compiled; torch's own kernel knows the
+    # derivative of the gate.
+    def swiglu_back(gradient: Tensor, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return torch.cat((of_gate, gradient * torch.nn.functional.silu(gate)), dim=-1)
+
+    module.swiglu_back = swiglu_back
+
+
+def _rotate_in_few_passes(module: Any) -> None:
+    # The same numbers with half the passes over memory: its own copies all of it to add the part that is not rotated,
+    # which is empty.
+    def rotated(tensor: Tensor, angles: Tensor, **options: Any) -> Tensor:
+        assert angles.size(-1) == tensor.size(-1), "all of a head is rotated"
+        half = angles.chunk(2, dim=-1)[0]
+        cosine, sine = half.cos().to(tensor.dtype), half.sin().to(tensor.dtype)
+        first, second = tensor.chunk(2, dim=-1)
+        return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+    module._apply_rotary_pos_emb_bshd = rotated
+
+
 def _share_mesh_groups(module: Any) -> None:
     destroy = module.destroy_model_parallel
 
@@ -228,8 +252,10 @@ def _shared(create: Callable[..., ProcessGroup]) -> Callable[..., ProcessGroup]:
 
 
 SPECIAL_CARE = {
+    "megatron.core.fusions.fused_bias_swiglu": _differentiate_swiglu_in_few_passes,
     "megatron.core.parallel_state": _share_mesh_groups,
     "megatron.core.tensor_parallel.random": _use_cpu_random_state,
+    "megatron.core.models.common.embeddings.rope_utils": _rotate_in_few_passes,
     "megatron.core.models.common.embeddings.rotary_pos_embedding": _slice_rotary_angles,
     "megatron.core.pipeline_parallel.p2p_communication": _keep_sent_tensors,
     "megatron.core.transformer.moe.token_dispatcher": _know_counts_on_host,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallel.engine import LossSums, Objective, Tokenwise
 from parallel.inputs import Inputs
-from parallel.linear import accumulate_product
+from parallel.linear import accumulate_product, matrix_product
 from parallel.loss import parts_of_tokens, score_tokens
 
 
@@ -83,13 +83,13 @@ class _Head(torch.autograd.Function):
             hidden, labels, mask = hidden_BSD[:, part], inputs.labels_BS[:, part], inputs.loss_mask_BS[:, part]
             asked = objective.at(part) if isinstance(objective, Tokenwise) else objective
             with torch.enable_grad():
-                logits = (hidden.detach() @ weight_VD.detach().t()).requires_grad_()
+                logits = matrix_product(hidden.detach(), weight_VD.detach(), transposed=True).requires_grad_()
                 sums = asked(logits, labels, mask, group)
                 (logits_gradient,) = torch.autograd.grad(sums.loss, logits)
             metrics = [sums.metrics[name] for name in objective.metric_names]
             values = torch.stack([each.detach().float() for each in (sums.loss, sums.num_tokens, *metrics)])
             totals = values if totals is None else totals + values
-            gradient_BSD[:, part] = logits_gradient @ weight_VD
+            gradient_BSD[:, part] = matrix_product(logits_gradient, weight_VD, transposed=False)
             accumulate_product(hidden.flatten(0, 1), logits_gradient.flatten(0, 1), weight_VD.main_grad)  # type: ignore[attr-defined]
         assert totals is not None
         ctx.save_for_backward(gradient_BSD)

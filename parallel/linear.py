@@ -1,4 +1,4 @@
-"""The matrix product of a layer: weight gradients added in the product's own epilogue, and products in fp8.
+"""The matrix product of a layer: weight gradients added in the product's own epilogue, products in fp8 and by oneDNN.
 
 Megatron's linear layers write a weight gradient, read it again and add it to the float32 gradient; with APEX they save
 that pass, and here they save it without. `use_own_products` puts these products into the layers of a model.
@@ -8,7 +8,7 @@ Shape suffixes: M tokens (all leading dims flattened), K inputs, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -23,6 +23,7 @@ Exchange = Literal["none", "gather", "sum"]
 SCALING: dict[str, Scaling] = {"fp8": "tensorwise", "fp8_rowwise": "rowwise"}
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
 SMALLEST_AMAX = 1e-12
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def use_own_products(chunks: Iterable[Any], scaling: Scaling | None) -> list[Tensor]:
@@ -57,6 +58,18 @@ def accumulate_product(inputs_MK: Tensor, gradient_MN: Tensor, main_grad_NK: Ten
         torch.addmm(main_grad_NK, gradient_MN.t(), inputs_MK, out_dtype=main_grad_NK.dtype, out=main_grad_NK)
     else:
         main_grad_NK.add_(gradient_MN.t() @ inputs_MK)
+
+
+def matrix_product(inputs: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
+    """`inputs @ weight.t()` where transposed, else `inputs @ weight`; float32 on a CPU by oneDNN, not MKL."""
+    if inputs.is_cpu and inputs.dtype == torch.float32 and HAS_ONEDNN:
+        return cast(Tensor, _onednn_product(inputs, weight, transposed))
+    return inputs @ (weight.t() if transposed else weight)
+
+
+def _multiply_by_onednn(inputs: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    rows = weight if transposed else weight.t()
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(inputs, rows, None, "none", [], None))
 
 
 def _forward(  # noqa: PLR0913 (Megatron calls it with these)
@@ -127,14 +140,14 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(inputs, weight_NK)
         ctx.main_grad = main_grad_NK  # not saved: it changes between forward and backward, and may
         ctx.exchange, ctx.group = exchange, group
-        return _arrived(_gathered(inputs, exchange, group)) @ weight_NK.t()
+        return matrix_product(_arrived(_gathered(inputs, exchange, group)), weight_NK, transposed=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (gradient,) = gradients
         inputs, weight_NK = ctx.saved_tensors
         inputs = _gathered(inputs, ctx.exchange, ctx.group)
-        inputs_gradient = gradient @ weight_NK
+        inputs_gradient = matrix_product(gradient, weight_NK, transposed=False)
         if ctx.exchange == "gather":
             inputs_gradient = collectives.reduce_scatter_tensor(inputs_gradient, "sum", 0, ctx.group)
         elif ctx.exchange == "sum":
@@ -202,7 +215,7 @@ class _Fp8Product(torch.autograd.Function):
             torch._scaled_mm(left, right, left_scale, right_scale, out_dtype=gradient.dtype)
             for left, left_scale, right, right_scale in (for_inputs, for_weight)
         )
-        _accumulate(weight_gradient_NK, ctx.main_grad)
+        _accumulate(ctx.main_grad, weight_gradient_NK)
         return _like(inputs_gradient_MK, gradient), torch.empty_like(weight_NK), None, None
 
 
@@ -223,22 +236,40 @@ def _column_major(matrix: Tensor) -> Tensor:
     return matrix.t().contiguous().t()
 
 
-@torch.library.custom_op("frontier::accumulate_product", mutates_args=("main_grad_NK",))
-def _accumulate_product(inputs_MK: Tensor, gradient_MN: Tensor, main_grad_NK: Tensor) -> None:
-    """One operation to the compiler, which would otherwise copy the float32 gradient to change it."""
-    accumulate_product(inputs_MK, gradient_MN, main_grad_NK)
-
-
-@torch.library.custom_op("frontier::accumulate", mutates_args=("main_grad_NK",))
-def _accumulate(gradient_NK: Tensor, main_grad_NK: Tensor) -> None:
+def _add_to(main_grad_NK: Tensor, gradient_NK: Tensor) -> None:
     main_grad_NK.add_(gradient_NK)
 
 
-@_accumulate_product.register_fake
-def _(inputs_MK: Tensor, gradient_MN: Tensor, main_grad_NK: Tensor) -> None:
+def _operation(
+    name: str, schema: str, function: Callable[..., Tensor | None], shape: Callable[..., Tensor | None]
+) -> Callable[..., Tensor | None]:
+    """A function as one operation to the compiler.
+
+    The compiler would otherwise copy a float32 gradient to change it, and a transposed weight to multiply by it.
+    Not `torch.library.custom_op`: what it does around every call takes longer than adding up a small gradient.
+    """
+    LIBRARY.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"frontier::{name}", shape, lib=LIBRARY)
+    return cast("Callable[..., Tensor | None]", getattr(torch.ops.frontier, name).default)
+
+
+def _nothing(*_: Tensor) -> None:
     return None
 
 
-@_accumulate.register_fake
-def _(gradient_NK: Tensor, main_grad_NK: Tensor) -> None:
-    return None
+def _shape_of_product(inputs: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], weight.size(0 if transposed else 1)))
+
+
+LIBRARY = torch.library.Library("frontier", "DEF")  # type: ignore[no-untyped-call]
+_accumulate_product = _operation(
+    "accumulate_product", "(Tensor inputs, Tensor gradient, Tensor(a!) main_grad) -> ()", accumulate_product, _nothing
+)
+_accumulate = _operation("accumulate", "(Tensor(a!) main_grad, Tensor gradient) -> ()", _add_to, _nothing)
+_onednn_product = _operation(
+    "onednn_product",
+    "(Tensor inputs, Tensor weight, bool transposed) -> Tensor",
+    _multiply_by_onednn,
+    _shape_of_product,
+)

@@ -108,10 +108,10 @@ class _VocabularyParallelScores(torch.autograd.Function):
         scale_BS = (loss_gradient_BS + log_partition_gradient_BS) / partition_BS
         at_label_BS = loss_gradient_BS.masked_fill(elsewhere_BS, 0.0)
         gradient_BSV = torch.empty_like(logits_BSV)
-        gradient = kernel(_gradient_of_slice, logits_BSV)
+        write_gradient = kernel(_write_gradient_of_slice, logits_BSV)
         for part in parts_of_tokens(*logits_BSV.shape):
             per_token = (each[:, part] for each in (largest_BS, scale_BS, at_label_BS, here_BS))
-            gradient_BSV[:, part] = gradient(logits_BSV[:, part], *per_token)
+            write_gradient(gradient_BSV[:, part], logits_BSV[:, part], *per_token)
         return gradient_BSV, None, None
 
 
@@ -120,15 +120,25 @@ def _sums_of_slice(logits_BSV: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor
     largest_BS = logits_BSV.amax(dim=-1).float()
     shifted_BSV = logits_BSV.float() - largest_BS.unsqueeze(-1)
     at_label_BS = shifted_BSV.gather(-1, label_BS.unsqueeze(-1)).squeeze(-1)
-    return largest_BS, shifted_BSV.exp().sum(dim=-1), at_label_BS
+    # In place: memory that was not touched before costs a CPU more than the exponentials do.
+    return largest_BS, shifted_BSV.exp_().sum(dim=-1), at_label_BS
 
 
-def _gradient_of_slice(
-    logits_BSV: Tensor, largest_BS: Tensor, scale_BS: Tensor, at_label_BS: Tensor, label_BS: Tensor
-) -> Tensor:
-    exponential_BSV = (logits_BSV.float() - largest_BS.unsqueeze(-1)).exp()
-    gradient_BSV = exponential_BSV * scale_BS.unsqueeze(-1)
-    return gradient_BSV.scatter_add(-1, label_BS.unsqueeze(-1), -at_label_BS.unsqueeze(-1)).to(logits_BSV.dtype)
+def _write_gradient_of_slice(
+    gradient_BSV: Tensor,
+    logits_BSV: Tensor,
+    largest_BS: Tensor,
+    scale_BS: Tensor,
+    at_label_BS: Tensor,
+    label_BS: Tensor,
+) -> None:
+    is_exact = gradient_BSV.dtype == torch.float32
+    values_BSV = gradient_BSV if is_exact else torch.empty_like(gradient_BSV, dtype=torch.float32)
+    torch.sub(logits_BSV, largest_BS.unsqueeze(-1), out=values_BSV)
+    values_BSV.exp_().mul_(scale_BS.unsqueeze(-1))
+    values_BSV.scatter_add_(-1, label_BS.unsqueeze(-1), -at_label_BS.unsqueeze(-1))
+    if not is_exact:
+        gradient_BSV.copy_(values_BSV)
 
 
 def parts_of_tokens(num_rows: int, num_tokens: int, vocabulary: int) -> list[slice]:

@@ -34,6 +34,9 @@ class Decoder(GPTModel):  # type: ignore[misc]
 
     def _preprocess(self, *args: Any, packed_seq_params: Documents | None = None, **kwargs: Any) -> tuple[Any, ...]:
         hidden, angles, *others = super()._preprocess(*args, **kwargs)
+        if self.pre_process:
+            # Embeddings of a single row have the strides of rows first, which would make a compiled graph of its own.
+            hidden = hidden.flatten(0, 1).view(hidden.shape)
         if packed_seq_params is not None:
             of_places = self.rotary_pos_emb.get_emb(packed_seq_params.row_length).flatten(1)
             angles = of_places[packed_seq_params.position_ids_SB].unsqueeze(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -13,6 +13,7 @@ from ranks import run_ranks, smaller_world
 from tiny import MICRO_BATCH, MODEL, OPTIM, TIED, Layout, batches, train
 
 from conf.schema import ModelConfig
+from data.batch import Batch
 from parallel import loss, offload
 from parallel.engine import Engine, LossSums, make_engine
 from parallel.initial import InitialWeights
@@ -66,8 +67,24 @@ def everything() -> dict[str, Any]:
             for precision in ("bf16", "fp8", "fp8_rowwise"):
                 found[precision] = _curve(SHARDED, precision=precision)
             found["memory"] = _run_out_of_memory()
+            found["graphs of single rows"] = _graphs_of_single_rows()
             groups.leave_mesh()
     return found
+
+
+def _graphs_of_single_rows() -> int:
+    """How many graphs the layers need where a micro-batch is one row."""
+    layout = Layout()
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        engine = make_engine(MODEL, replace(layout.engine, compile=True), OPTIM, layout.mesh, micro_batch=1)
+        engine.load_weights(InitialWeights(MODEL, 1))
+        first = batches(0, layout.mesh, 0)[0]
+        row = Batch(**{field.name: getattr(first, field.name)[:1] for field in fields(Batch)})
+        engine.step([row], CrossEntropy(), learning_rate=OPTIM.learning_rate)
+        engine.close()
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _engine(layout: Layout, model: ModelConfig = MODEL, **changes: Any) -> Engine:
@@ -120,6 +137,10 @@ def test_layers_share_one_whole_graph(found):
     # One for training and one for scoring, each without a break, for all four layers.
     assert found["compiled graphs"] == 2
     assert found["compiled breaks"] == []
+
+
+def test_first_layer_shares_the_graph_of_the_others_where_micro_batches_are_single_rows(found):
+    assert found["graphs of single rows"] == 1
 
 
 @pytest.mark.parametrize("name", ["tensor compiled", "sequence compiled"])
