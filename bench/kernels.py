@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 # In this order: the first that matches counts.
 KINDS = {
     "attention": r"flash|fmha|attention|sdpa|cudnn.*(fprop|bprop)",
-    "matrix product": r"gemm|cutlass|nvjet|cublas|xmma|aten::(add)?mm|aten::(b|_scaled_)mm|grouped_mm",
+    "matrix product": r"gemm|mkldnn|cutlass|nvjet|cublas|xmma|aten::(add)?mm|aten::(b|_scaled_)mm|grouped_mm",
     "communication": r"nccl|gloo|c10d",
     "optimizer": r"adam",
     "element-wise": r"",

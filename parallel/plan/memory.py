@@ -25,9 +25,9 @@ DEEPSPEED_BUCKET = 5e8
 """Elements of the reduce bucket; held as bf16, as its copy in flight and as its fp32 form."""
 SLICE_LOGITS = 2**26
 """Logits that a loss which works in slices looks at at once: `LOGIT_BYTES` of `parallel/loss.py` in fp32."""
-SLICE_BYTES = 12
-"""Bytes each of them takes in fp32: exponentials, their gradient, and that with the labels' part; on a CPU, kernel by
-kernel. Fused on a GPU it is less."""
+CAST_SLICE_BYTES = 8
+"""Bytes each of them takes besides itself and its gradient where those are not fp32: both in fp32, on a CPU, kernel by
+kernel. Fused on a GPU it is less. What is computed in fp32 anyway takes nothing more: it ends where it begins."""
 DISTILLED_BYTES = 12
 """Bytes in fp32 that a logit learned from a teacher's takes besides the two: log-probabilities of both and one's
 probability (or, later, a gradient and what the cross-entropy needs). Of a slice, where the head is sliced."""
@@ -172,8 +172,8 @@ def _logit_bytes(shape: Shape, layout: Layout, teacher: Teacher | None) -> float
 
 
 def _slice_bytes(layout: Layout) -> float:
-    """Bytes a logit of a slice; a gradient that is not computed in fp32 is cast."""
-    return SLICE_BYTES + (2 if layout.element_bytes == 2 else 0)
+    """Bytes a logit of a slice, besides itself and its gradient."""
+    return CAST_SLICE_BYTES if layout.element_bytes == 2 else 0
 
 
 def _kept_logit_bytes(teacher: Teacher, layout: Layout) -> float:
