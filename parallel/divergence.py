@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Of what k tokens leave to others, as a probability: below it, one less a sum of float32 is all rounding.
+SMALLEST_REST = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherLogits:
@@ -66,18 +69,18 @@ def divergence_of(
 ) -> Tensor:
     """KL divergence of each token at that temperature, in nats, float32, shape BS; differentiable in `student_BSV`.
 
-    With the k largest logits only, what the teacher gives to other tokens is left out of the sum, not spread over them.
+    With the k largest logits only, all other tokens are one outcome: the divergence is that between k + 1 outcomes,
+    the least that any teacher with these k can have. It is zero where the student gives each of the k what the teacher
+    gives it, however it shares out the rest.
 
     Raises:
-        ValueError: the models' vocabularies differ, or reverse divergence is asked of k logits.
+        ValueError: the models' vocabularies differ.
     """
     if teacher.ids_BSK is None and teacher.logits.shape != student_BSV.shape:
         raise ValueError(
             f"teacher and student have logits of shapes {tuple(teacher.logits.shape)} and {tuple(student_BSV.shape)}; "
             "distillation needs one vocabulary"
         )
-    if teacher.ids_BSK is not None and direction == "reverse":
-        raise ValueError("reverse divergence needs all of the teacher's logits: set top_k=0")
     return cast(Tensor, _Divergence.apply(student_BSV, teacher, group, direction, temperature))  # type: ignore[no-untyped-call]
 
 
@@ -96,8 +99,8 @@ class _Divergence(torch.autograd.Function):
         log_student_BSV -= _log_partition(log_student_BSV, group).unsqueeze(-1)
         log_teacher = teacher.logits.float() - teacher.log_partition_BS.unsqueeze(-1)
         if teacher.ids_BSK is not None:
-            divergence_BS, gradient_BSV = _over_largest(log_student_BSV, log_teacher, teacher.ids_BSK, group)
-        elif direction == "forward":
+            log_teacher = _completed(log_teacher, teacher.ids_BSK, log_student_BSV, group)
+        if direction == "forward":
             probability_BSV = log_teacher.exp()
             divergence_BS = log_teacher.sub_(log_student_BSV).mul_(probability_BSV).sum(dim=-1)
             _reduce(divergence_BS, dist.ReduceOp.SUM, group)
@@ -119,21 +122,28 @@ class _Divergence(torch.autograd.Function):
         return gradient_BSV.to(ctx.dtype), None, None, None, None
 
 
-def _over_largest(
-    log_student_BSV: Tensor, log_teacher_BSK: Tensor, ids_BSK: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Forward divergence over the teacher's k largest, and its gradient in the student's scaled logits."""
+def _completed(
+    log_teacher_BSK: Tensor, ids_BSK: Tensor, log_student_BSV: Tensor, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Log-probabilities of this rank's tokens: the k that are known, and of others the student's, scaled to the rest.
+
+    Tokens that are not among the k so have one ratio to the student's, and divergence and gradient over the vocabulary
+    are those of k + 1 outcomes.
+    """
     size = log_student_BSV.size(-1)
     here_BSK = ids_BSK - size * (0 if group is None else group.rank())
     elsewhere_BSK = (here_BSK < 0) | (here_BSK >= size)
     here_BSK = here_BSK.masked_fill(elsewhere_BSK, 0)
-    probability_BSK = log_teacher_BSK.exp()
-    terms_BSK = probability_BSK * (log_teacher_BSK - log_student_BSV.gather(-1, here_BSK))
-    divergence_BS = terms_BSK.masked_fill(elsewhere_BSK, 0.0).sum(dim=-1)
-    _reduce(divergence_BS, dist.ReduceOp.SUM, group)
-    gradient_BSV = log_student_BSV.exp_().mul_(probability_BSK.sum(dim=-1, keepdim=True))
-    gradient_BSV.scatter_add_(-1, here_BSK, -probability_BSK.masked_fill(elsewhere_BSK, 0.0))
-    return divergence_BS, gradient_BSV
+    log_student_BSK = log_student_BSV.gather(-1, here_BSK)
+    known_BS = log_student_BSK.exp().masked_fill_(elsewhere_BSK, 0.0).sum(dim=-1)
+    _reduce(known_BS, dist.ReduceOp.SUM, group)
+    scale_BS1 = (_log_rest(log_teacher_BSK.exp().sum(dim=-1)) - _log_rest(known_BS)).unsqueeze(-1)
+    correction_BSK = (log_teacher_BSK - log_student_BSK - scale_BS1).masked_fill_(elsewhere_BSK, 0.0)
+    return (log_student_BSV + scale_BS1).scatter_add_(-1, here_BSK, correction_BSK)
+
+
+def _log_rest(known: Tensor) -> Tensor:
+    return (1.0 - known).clamp_(min=SMALLEST_REST).log_()
 
 
 def _log_partition(logits_BSV: Tensor, group: dist.ProcessGroup | None) -> Tensor:

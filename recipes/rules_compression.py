@@ -240,16 +240,10 @@ def divergences_can_be_computed(config: RunConfig, machine: Machine) -> Iterator
         distillation = distillation_of(stage)
         if distillation is None:
             continue
-        path = f"stages.{name}.distillation"
-        if distillation.divergence == "reverse" and distillation.top_k:
-            yield Problem(
-                f"{path}.top_k",
-                f"is {distillation.top_k}, and the reverse divergence needs every logit of the teacher. Set top_k=0, "
-                "or divergence=forward.",
-            )
         if distillation.top_k > config.model.vocab_size:
             yield Problem(
-                f"{path}.top_k", f"is {distillation.top_k}; the vocabulary has {config.model.vocab_size}. 0 keeps all."
+                f"stages.{name}.distillation.top_k",
+                f"is {distillation.top_k}; the vocabulary has {config.model.vocab_size}. 0 keeps all.",
             )
 
 

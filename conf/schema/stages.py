@@ -170,7 +170,7 @@ class DistillationConfig(Strict):
     weight: Fraction
     """Of the divergence; cross-entropy has the rest."""
     top_k: NonNegativeInt
-    """Logits kept of the teacher a token; 0: all."""
+    """Logits kept of the teacher a token, all other tokens being one outcome; 0: all."""
     logits: str | None = None
     """Where the teacher's likeliest tokens were written down: an earlier stage of kind logits, or the folder or URI of
     what one wrote in another run. Null: the teacher is asked."""

@@ -128,11 +128,6 @@ def test_calibration_rows_are_shared_evenly_and_fit_the_model():
     assert_told(config, "stages.prune.calibration.sequence_length", "max_sequence_length=128")
 
 
-def test_reverse_divergence_needs_all_logits():
-    config = rehearsal(stages__recover__distillation__divergence="reverse", stages__recover__distillation__top_k=8)
-    assert_told(config, "stages.recover.distillation.top_k", "every logit", "top_k=0")
-
-
 def test_no_more_logits_are_kept_than_there_are():
     config = rehearsal(stages__recover__distillation__top_k=2000)
     assert_told(config, "stages.recover.distillation.top_k", "vocabulary has 1024")

@@ -94,11 +94,6 @@ def test_hidden_states_take_memory_that_is_known():
             "stages.distill.distillation.hidden_states",
             ["logits=null"],
         ),
-        (
-            {"stages__distill__distillation__divergence": "reverse"},
-            "stages.distill.distillation.top_k",
-            ["every logit"],
-        ),
     ],
 )
 def test_what_is_written_down_is_what_a_later_stage_reads(values, path, words):
