@@ -29,10 +29,13 @@ FP8_LARGEST = torch.finfo(FP8).max
 
 
 def is_quantised(name: str, kept_layers: Collection[int]) -> bool:
-    """Whether a weight, by its canonical name, is rounded: a layer's matrices, unless the layer is kept as it is."""
+    """Whether a weight, by its canonical name, is rounded: a layer's matrices, unless the layer is kept as it is.
+
+    Of a mixture, those of the experts, and not the router's.
+    """
     match name.split("."):
         case ["model", "layers", number, *_, part, "weight"]:
-            return part.endswith("_proj") and int(number) not in kept_layers
+            return part.endswith(("_proj", "w1", "w2", "w3")) and int(number) not in kept_layers
     return False
 
 

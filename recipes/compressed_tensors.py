@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from conf.schema import Scheme
 from parallel.quantisation import is_quantised, quantised_rows
+from parallel.weight_names import ROUTER
 from recipes.quantise import Quantisation
 from train.rundir import replace_text
 
@@ -54,6 +56,7 @@ def mark_quantised(directory: Path, quantisation: Quantisation, num_layers: int)
     inputs = eight_bits(scheme, strategy="token", dynamic=True) if scheme != "w8a16" else None
     file = directory / "config.json"
     config = json.loads(file.read_text())
+    routers = [f"re:.*{re.escape(ROUTER.removesuffix('.weight'))}"] if "num_local_experts" in config else []
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": FORMATS[scheme],
@@ -66,7 +69,7 @@ def mark_quantised(directory: Path, quantisation: Quantisation, num_layers: int)
                 "output_activations": None,
             }
         },
-        "ignore": ["lm_head", *kept],
+        "ignore": ["lm_head", *routers, *kept],
     }
     replace_text(file, json.dumps(config, indent=2) + "\n")
     card = directory / "README.md"

@@ -84,17 +84,22 @@ def fewer_experts_are_shared_and_suffice(config: RunConfig, machine: Machine) ->
             )
 
 
-def experts_are_not_rounded(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """What loads an exported model holds the experts of a layer in one tensor, and finds no matrix to scale."""
+def weights_of_all_experts_are_rounded_alone(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What loads an exported model multiplies experts out of packed weights, all layers alike, and rounds no input."""
     if config.model.experts is None:
         return
     for name, stage in stages_of(config):
-        if isinstance(stage, QuantiseStage):
-            yield Problem(
-                f"stages.{name}.kind",
-                f"quantise works on dense models, and model {config.model.name} has {config.model.num_experts} experts "
-                "a layer, which transformers does not load in eight bits. Leave the stage out of order.",
-            )
+        if not isinstance(stage, QuantiseStage):
+            continue
+        for field, only in (("scheme", "w8a16"), ("smoothing", None), ("most_cost", None)):
+            value = getattr(stage, field)
+            if value != only:
+                yield Problem(
+                    f"stages.{name}.{field}",
+                    f"is {value}, and model {config.model.name} has {config.model.num_experts} experts a layer: "
+                    "transformers loads their weights in INT8, of all layers, and rounds no inputs. Set scheme=w8a16 "
+                    "smoothing=null most_cost=null, or leave the stage out of order.",
+                )
 
 
 def experts_split_sequences_with_tensors(config: RunConfig, machine: Machine) -> Iterator[Problem]:
@@ -135,7 +140,7 @@ RULES = (
     tokens_have_experts_to_choose,
     experts_are_shared_evenly,
     fewer_experts_are_shared_and_suffice,
-    experts_are_not_rounded,
+    weights_of_all_experts_are_rounded_alone,
     experts_split_sequences_with_tensors,
 )
 WARNINGS = (expert_ranks_share_a_node, experts_take_their_share)

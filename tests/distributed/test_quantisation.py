@@ -13,6 +13,7 @@ import torch
 from ranks import run_ranks, smaller_world
 from tiny import MODEL, Layout, batches, tiny_engine
 
+from conf.schema import ExpertsConfig, ModelConfig
 from parallel.initial import InitialWeights
 from parallel.quantisation import QuantisedWeights
 from parallel.smoothing import SmoothedWeights, smoothing_factors
@@ -20,6 +21,14 @@ from parallel.weight_names import logical_shapes
 
 pytest.importorskip("compressed_tensors")
 WILD = replace(MODEL, name="wild", init_std=0.3)
+MIXTURE = replace(
+    WILD,
+    name="wild-mixture",
+    num_layers=2,
+    experts=ExpertsConfig(
+        num_experts=4, num_experts_per_token=2, balance_loss=0.01, router_z_loss=0.001, capacity_factor=None
+    ),
+)
 KEPT = (1,)
 LAYOUTS = {
     "tensor": Layout(tensor=2),
@@ -44,6 +53,8 @@ def everything(directory: str) -> dict[str, Any]:
                     found[name] = {scheme: _scores(layout, scheme) for scheme in SCHEMES} | _smoothed(layout)
             if inside and size == 1:
                 found["float"] = _scores(Layout(), None)
+                found["mixture"] = {scheme: _scores(Layout(), scheme, MIXTURE, ()) for scheme in (None, "w8a16")}
+                _export(Path(directory) / "mixture", "w8a16", torch.float32, MIXTURE, ())
                 found["overflow"] = _ranges_of_an_overflow()
                 for scheme in SCHEMES:
                     for precision in (torch.float32, torch.bfloat16):
@@ -51,8 +62,8 @@ def everything(directory: str) -> dict[str, Any]:
     return found
 
 
-def _weights(scheme: str) -> QuantisedWeights:
-    return QuantisedWeights(InitialWeights(WILD, 1), logical_shapes(WILD), scheme, KEPT)
+def _weights(scheme: str, model: ModelConfig, kept: tuple[int, ...]) -> QuantisedWeights:
+    return QuantisedWeights(InitialWeights(model, 1), logical_shapes(model), scheme, kept)
 
 
 class WithOutliers:
@@ -93,14 +104,14 @@ def _smoothed(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _scores(layout: Layout, scheme: str | None) -> list[float]:
+def _scores(layout: Layout, scheme: str | None, model: ModelConfig = WILD, kept: tuple[int, ...] = KEPT) -> list[float]:
     from parallel import groups
 
     groups.enter_mesh(layout.mesh)
-    engine = tiny_engine(layout, WILD, optim=None)
-    engine.load_weights(InitialWeights(WILD, 1) if scheme is None else _weights(scheme))
+    engine = tiny_engine(layout, model, optim=None)
+    engine.load_weights(InitialWeights(model, 1) if scheme is None else _weights(scheme, model, kept))
     if scheme is not None:
-        engine.round_inputs(scheme, KEPT)
+        engine.round_inputs(scheme, kept)
     rows = engine.score(batches(0, layout.mesh, engine.coordinate.data))
     engine.close()
     groups.leave_mesh()
@@ -129,7 +140,9 @@ def _ranges_of_an_overflow() -> str:
     return "nothing"
 
 
-def _export(directory: Path, scheme: str, precision: torch.dtype) -> None:
+def _export(
+    directory: Path, scheme: str, precision: torch.dtype, model: ModelConfig = WILD, kept: tuple[int, ...] = KEPT
+) -> None:
     from safetensors.torch import save_file
 
     from recipes.compressed_tensors import compressed_tensors, mark_quantised
@@ -137,13 +150,13 @@ def _export(directory: Path, scheme: str, precision: torch.dtype) -> None:
     from recipes.quantise import Quantisation
 
     directory.mkdir()
-    weights, quantisation = _weights(scheme), Quantisation(scheme=scheme, kept_layers=KEPT)
+    weights, quantisation = _weights(scheme, model, kept), Quantisation(scheme=scheme, kept_layers=kept)
     # As an export stage has it: the rounded weights, read back as floats.
-    tensors = {name: weights.read(name, (0,) * len(size), size) for name, size in logical_shapes(WILD).items()}
+    tensors = {name: weights.read(name, (0,) * len(size), size) for name, size in logical_shapes(model).items()}
     layout = compressed_tensors(tensors, quantisation, precision)
     save_file(layout, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(hugging_face_config(WILD, precision)))
-    mark_quantised(directory, quantisation, WILD.num_layers)
+    (directory / "config.json").write_text(json.dumps(hugging_face_config(model, precision)))
+    mark_quantised(directory, quantisation, model.num_layers)
 
 
 def _scores_in_transformers(directory: Path) -> list[float]:
@@ -212,6 +225,12 @@ def test_export_says_in_transformers_what_it_says_here(found, directory, scheme)
     theirs = _scores_in_transformers(directory / f"{scheme} {torch.float32}")
     assert theirs == pytest.approx(found["one"][scheme], abs=CLOSE[scheme])
     assert theirs != pytest.approx(found["float"], abs=1e-6), "what was loaded is rounded"
+
+
+def test_exported_experts_say_in_transformers_what_they_say_here(found, directory):
+    theirs, ours = _scores_in_transformers(directory / "mixture"), found["mixture"]
+    assert theirs == pytest.approx(ours["w8a16"], abs=CLOSE["w8a16"])
+    assert theirs != pytest.approx(ours[None], abs=1e-4), "what was loaded is rounded"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

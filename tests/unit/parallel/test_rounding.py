@@ -61,7 +61,9 @@ def test_part_of_a_row_is_rounded_as_the_row(weight):
 
 def test_layers_matrices_are_rounded_and_nothing_else():
     assert is_quantised(NAME, ()) and is_quantised("model.layers.11.self_attn.o_proj.weight", ())
+    assert is_quantised("model.layers.0.block_sparse_moe.experts.7.w2.weight", ())
     for name in (
+        "model.layers.0.block_sparse_moe.gate.weight",
         "lm_head.weight",
         "model.embed_tokens.weight",
         "model.layers.0.input_layernorm.weight",

@@ -134,6 +134,10 @@ def test_search_leaves_as_many_experts_as_expert_ranks_share():
         assert model_of_stage(at, "recover").num_experts % expert == 0
 
 
-def test_mixture_is_not_rounded():
-    config = composed("business_module", "model=mixtral_8x7b")
-    assert_told(config, "stages.quantise.kind", "8 experts a layer", "transformers", "out of order")
+def test_of_a_mixture_weights_alone_are_rounded_and_in_all_layers():
+    config = composed("business_module", "model=mixtral_8x7b", "stages.quantise.most_cost=0.1")
+    for field in ("scheme", "smoothing", "most_cost"):
+        assert_told(config, f"stages.quantise.{field}", "8 experts a layer", "scheme=w8a16", "out of order")
+    weights_alone = ("stages.quantise.scheme=w8a16", "stages.quantise.smoothing=null")
+    config = composed("business_module", "model=mixtral_8x7b", *weights_alone)
+    assert not [path for path in problems_of(config) if path.startswith("stages.quantise")]
