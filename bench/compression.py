@@ -113,7 +113,12 @@ def run(output: Path, recipe: str, name: str, seed: int, overrides: Sequence[str
         "stages.evaluate.tokens=40e3",
     ]
     train = [sys.executable, "-m", "train"]
-    module = ["controls=true", f"stages.distill.training.tokens={regime.distill_tokens}"]
+    # What a teacher's logits are worth is asked of them alone.
+    module = [
+        "controls=true",
+        "stages.recover.distillation.weight=1.0",
+        f"stages.distill.training.tokens={regime.distill_tokens}",
+    ]
     if regime.teacher_of is not None:
         runs = output / f"{regime.teacher_of}-{seed}" / "runs"
         teacher = max(runs.glob(f"{recipe}-*/stages/specialise/checkpoints/step-*"))
