@@ -248,6 +248,7 @@ class _RankActor:
 
     def host_store(self) -> int:
         """Serve the store the ranks of the next run meet at; returns its port, which is held from now on."""
+        _warm_up()
         from parallel import groups
 
         self.store = groups.host_store()
@@ -260,7 +261,9 @@ class _RankActor:
 
 
 def _warm_up() -> None:
-    import parallel.groups  # noqa: F401
+    from parallel.imports import import_framework
+
+    import_framework()
 
 
 def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:

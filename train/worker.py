@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import gc
 import importlib
 import json
 import os
@@ -118,6 +117,9 @@ def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> Ran
         config = load.read(run.config_file)
         if place.engine is not None:
             config = replace(config, engine=place.engine)
+        from parallel.imports import collect_garbage_of_work, import_framework
+
+        import_framework()
         import torch
         from torch import distributed
 
@@ -143,9 +145,7 @@ def run_rank(place: Place, run_dir: str, entry: str, store: Store | None) -> Ran
             virtual_pipeline=mesh.virtual_pipeline,
         )
         run_stages = _entry(entry)
-        # What was imported is not looked through again: a full collection, as when an engine is closed, takes
-        # milliseconds instead of half a second, in which the other ranks would wait for this one.
-        gc.freeze()
+        collect_garbage_of_work()
         outcome = run_stages(RankContext(place=place, config=config, run=run))
         groups.shut_down()
         return outcome

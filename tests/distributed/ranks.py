@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import gc
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from bisect import bisect
@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.imports import collect_garbage_of_work
+
 LIMIT_SECONDS = 120.0
 GRACE_SECONDS = 2.0
-# Imported once, by the server that ranks are forked from: a rank then starts in milliseconds, not in seconds.
-PRELOADED = ["ranks", "parallel.deepspeed"]
 
 
 class RankFailedError(AssertionError):
@@ -39,8 +41,8 @@ def run_ranks(
     nothing else, so they have the environment of the first launch. They are ended when the first fails or the limit has
     passed, and killed by the kernel if this process dies.
     """
+    _start_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks: dict[Connection, tuple[int, Any]] = {}
     for rank in range(world_size):
@@ -58,6 +60,15 @@ def run_ranks(
         for process in processes:
             process.kill()
             process.join()
+
+
+def _start_server() -> None:
+    """Start, once, the server that ranks are forked from: they start in milliseconds, not in seconds."""
+    forkserver.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        # It is told where modules lie, but does not look there before Python 3.12, and what it does not find it passes.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
 
 
 def _collect(ranks: dict[Connection, tuple[int, Any]], deadline: float) -> list[Any]:
@@ -91,8 +102,7 @@ def _be_rank(
 ) -> None:
     _die_with_the_test()
     torch.set_num_threads(1)
-    # An engine that is closed collects what refers to itself: half a second each time through all that was imported.
-    gc.freeze()
+    collect_garbage_of_work()
     try:
         _open_world(dist.TCPStore("127.0.0.1", port, is_master=False), rank, world_size)
         result = function(*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -12,11 +13,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import RankFailedError, run_ranks, smaller_world
 
 
 def fail_on_one_rank() -> None:
+    assert "megatron.core" in sys.modules
+    assert not {"wandb", "torch._inductor.compile_fx"} & sys.modules.keys(), "imported in vain"
+    assert torch.compile.__module__ == "torch"
+    assert gc.isenabled()
     with smaller_world(1, "first rank alone") as inside:
         assert dist.is_initialized() == inside
     if dist.get_rank() == 1:
