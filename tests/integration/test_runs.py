@@ -42,18 +42,33 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+# Where a module starts from, in 20 steps instead of 1,270.
+SHORT_FOUNDATION = """# @package _global_
+defaults: [foundation, _self_]
+name: short_foundation
+stages:
+  pretrain: {training: {tokens: 10240, validation_tokens: 2000}}
+  evaluate: {tokens: 2000}
+"""
+
+
 @pytest.fixture(scope="module")
-def whole(runs_dir: Path) -> Ended:
+def whole(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """A business rehearsal where there is no foundation yet, on a host where another Ray cluster is said to run."""
+    own_recipes = tmp_path_factory.mktemp("conf")
+    (own_recipes / "recipe").mkdir()
+    (own_recipes / "recipe" / "short_foundation.yaml").write_text(SHORT_FOUNDATION)
     ended = train(
         runs_dir,
         "recipe=business_module",
+        "init=recipe:short_foundation",
         *TINY_MODEL,
         *TINY_VARIANTS,
         "stages.specialise.training.tokens=10240",
         "stages.specialise.training.validation_tokens=2000",
         "stages.evaluate.tokens=2000",
         "tracking.mode=offline",
+        f"--config-dir={own_recipes}",
         seconds=300,
         RAY_ADDRESS="127.0.0.1:9",
     )
@@ -62,11 +77,11 @@ def whole(runs_dir: Path) -> Ended:
 
 
 def test_a_module_rehearses_its_foundation_first_and_ends_with_everything_promised(whole: Ended, runs_dir: Path):
-    foundation = run_in(runs_dir, "foundation")
+    foundation = run_in(runs_dir, "short_foundation")
     assert foundation is not None
     assert "Rehearsal of business_module" in whole.output
     assert "256 x H200" in whole.output
-    assert "There is no finished foundation run" in whole.output
+    assert "There is no finished short_foundation run" in whole.output
     assert (whole.run / "report.html").stat().st_size > 10_000
     assert list((whole.run / "wandb").rglob("*.wandb"))
     assert json.loads((whole.run / "status.json").read_text())["status"] == "finished"
@@ -121,7 +136,7 @@ def test_variants_are_really_smaller_and_say_where_they_come_from(whole: Ended):
 
 
 def test_losses_of_both_recipes_fall(whole: Ended, runs_dir: Path):
-    foundation = run_in(runs_dir, "foundation")
+    foundation = run_in(runs_dir, "short_foundation")
     assert foundation is not None
     curve = losses(foundation)
     first, last = min(curve), max(curve)
