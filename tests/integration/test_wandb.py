@@ -24,6 +24,10 @@ NUM_STEPS = 5
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
+    return new_run(tmp_path)
+
+
+def new_run(folder: Path) -> Path:
     config = {
         "name": "business_module",
         "description": "a description",
@@ -31,7 +35,7 @@ def run_dir(tmp_path: Path) -> Path:
         "stages": {name: {"kind": name} for name in ("specialise", "evaluate")},
         "tracking": {"mode": "auto", "project": "frontier", "entity": None, "tags": ["mine"]},
     }
-    path = tmp_path / "business_module-20260202-024000-3f9a"
+    path = folder / "business_module-20260202-024000-3f9a"
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
     return path
@@ -46,9 +50,28 @@ def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    set_unreachable(monkeypatch)
+
+
+def set_unreachable(patch: pytest.MonkeyPatch) -> None:
+    patch.delenv("WANDB_MODE", raising=False)
+    patch.setenv("WANDB_API_KEY", FAKE_KEY)
+    patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Tracker]]:
+    """A run whose W&B cannot be reached; its mirror waits half a minute to find out, beside the other tests."""
+    run_dir = new_run(tmp_path_factory.mktemp("patient"))
+    with pytest.MonkeyPatch.context() as patch:
+        set_unreachable(patch)
+        tracker = Tracker(run_dir, mode="auto")
+    with MetricsWriter(run_dir / FILE_NAME) as writer:
+        start_run(writer)
+        train(writer, 0, NUM_STEPS)
+        end_run(writer, "finished", 0)
+    yield run_dir, tracker
+    tracker.finish(0)
 
 
 def start_run(writer: MetricsWriter, restarts: int = 0) -> None:
@@ -223,25 +246,6 @@ def test_unreachable_server_is_told_once_and_holds_nobody_up(run_dir: Path) -> N
     assert [process for process in psutil.process_iter() if session_of(process) == session] == []
 
 
-@pytest.mark.usefixtures("unreachable")
-def test_with_time_enough_an_unreachable_server_leaves_an_offline_copy(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with MetricsWriter(run_dir / FILE_NAME) as writer:
-        tracker = Tracker(run_dir, mode="auto")
-        start_run(writer)
-        train(writer, 0, NUM_STEPS)
-        end_run(writer, "finished", 0)
-        tracker.finish(90)
-
-    messages = [record for record in read(run_dir / FILE_NAME) if record["kind"] == "message"]
-    assert [message["level"] for message in messages] == ["warning"]
-    assert "could not be reached" in messages[0]["text"]
-    (run,) = mirrored(run_dir)
-    assert [row["train/loss"] for row in run["history"]] == [9.0 / step for step in range(1, NUM_STEPS + 1)]
-    assert secrets_in(run_dir) == []
-
-
 @pytest.mark.usefixtures("no_key")
 def test_mirror_ends_when_the_driver_is_gone(run_dir: Path) -> None:
     driver = (
@@ -270,3 +274,15 @@ def test_a_broken_mirror_is_told_and_does_not_raise(run_dir: Path) -> None:
     messages = [record["text"] for record in read(run_dir / FILE_NAME) if record["kind"] == "message"]
     assert len(messages) == 1
     assert "config.json" in messages[0]
+
+
+def test_with_time_enough_an_unreachable_server_leaves_an_offline_copy(patient: tuple[Path, Tracker]) -> None:
+    run_dir, tracker = patient
+    tracker.finish(90)
+
+    messages = [record for record in read(run_dir / FILE_NAME) if record["kind"] == "message"]
+    assert [message["level"] for message in messages] == ["warning"]
+    assert "could not be reached" in messages[0]["text"]
+    (run,) = mirrored(run_dir)
+    assert [row["train/loss"] for row in run["history"]] == [9.0 / step for step in range(1, NUM_STEPS + 1)]
+    assert secrets_in(run_dir) == []
