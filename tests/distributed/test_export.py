@@ -23,9 +23,12 @@ OVERRIDES = (
 MIXTURE = ("model=mixtral_8x7b",)
 
 
-def export_fresh_models(directory: str) -> Any:
+def export_fresh_models(directory: str, prepared_text: str) -> Any:
     """What `export_fresh_model` returns, of a dense model and of a mixture of experts."""
-    return [export_fresh_model(f"{directory}/{name}", *more) for name, more in (("llama", ()), ("mixtral", MIXTURE))]
+    cache = f"data.cache_dir={prepared_text}"
+    return [
+        export_fresh_model(f"{directory}/{name}", cache, *more) for name, more in (("llama", ()), ("mixtral", MIXTURE))
+    ]
 
 
 def export_fresh_model(directory: str, *overrides: str) -> Any:
@@ -91,8 +94,8 @@ def export_fresh_model(directory: str, *overrides: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_ranks(export_fresh_models, 1, str(tmp_path_factory.mktemp("runs")))[0]
+def exported(tmp_path_factory: pytest.TempPathFactory, prepared_text: Path) -> Any:
+    return run_ranks(export_fresh_models, 1, str(tmp_path_factory.mktemp("runs")), str(prepared_text))[0]
 
 
 @pytest.mark.parametrize(("index", "architecture"), [(0, "LlamaForCausalLM"), (1, "MixtralForCausalLM")])

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from slurm_runs import Slurm, running_slurm
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prepared_text(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[None]:
-    """One cache of prepared text for all runs of a session, those of the other worker included."""
-    base = tmp_path_factory.getbasetemp()
+def share_prepared_text(prepared_text: Path) -> Iterator[None]:
+    """Tell `command_line.started` where it lies."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREPARED_TEXT", str((base if worker_id == "master" else base.parent) / "prepared"))
+        patch.setenv("PREPARED_TEXT", str(prepared_text))
         yield
 
 
