@@ -178,6 +178,7 @@ def test_planner_imports_nothing_but_the_standard_library_and_itself():
         "csv",
         "dataclasses",
         "functools",
+        "heapq",
         "itertools",
         "math",
         "pathlib",
