@@ -201,8 +201,12 @@ def _part(whole: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
 
 def _differentiate_swiglu_in_few_passes(module: Any) -> None:
     # Its own goes through memory ten times, which is one kernel where it is compiled; torch's own kernel knows the
-    # derivative of the gate.
+    # derivative of the gate. In float32 alone: elsewhere it would round other things than a GPU does.
+    in_many_passes = module.swiglu_back
+
     def swiglu_back(gradient: Tensor, gate_up: Tensor) -> Tensor:
+        if gate_up.dtype != torch.float32:
+            return cast(Tensor, in_many_passes(gradient, gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
         of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
         return torch.cat((of_gate, gradient * torch.nn.functional.silu(gate)), dim=-1)

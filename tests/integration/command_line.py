@@ -41,6 +41,7 @@ TINY_VARIANTS = (
     *(f"stages.{stage}.calibration.tokens=2048" for stage in ("prune", "prune_random", "quantise")),
     "stages.prune.search.tokens=2048",
     "stages.prune.search.candidates=2",
+    "stages.prune.search.kv_heads_multiple=1",
     "stages.distill.student.ratio=4",
     "stages.export.speed_prompt_tokens=40",
 )
