@@ -31,6 +31,8 @@ ANSWER_SECONDS = 10.0
 # After the first failure the others get this long to tell theirs; the one that came first is shown.
 GRACE_SECONDS = 2.0
 OBJECT_STORE_BYTES = 80 * 2**20
+RAY_STARTS = 2
+"""Ray gives its parts 30 s to come up, which a busy machine may not manage before it has read them all once."""
 
 
 class Who(NamedTuple):
@@ -266,6 +268,28 @@ def _warm_up() -> None:
     import_framework()
 
 
+def _start_ray(world_size: int, *, use_gpu: bool) -> None:
+    import ray
+
+    for start in range(1, RAY_STARTS + 1):
+        try:
+            # "local" starts a new one: a cluster that happens to run on this host is not ours.
+            ray.init(
+                address="local",
+                num_cpus=world_size,  # Ray starts a worker for each, needed or not
+                num_gpus=world_size if use_gpu else 0,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="error",
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or start == RAY_STARTS:
+                raise
+
+
 def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
     """Start a private Ray for this run, or join the cluster's.
 
@@ -284,17 +308,10 @@ def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
             _require_answer(cluster.address or "auto")
             ray.init(address=cluster.address or "auto", log_to_driver=False, logging_level="error")
         else:
-            # "local" starts a new one: a cluster that happens to run on this host is not ours.
-            ray.init(
-                address="local",
-                num_cpus=world_size,  # Ray starts a worker for each, needed or not
-                num_gpus=world_size if use_gpu else 0,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="error",
-            )
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
+            _start_ray(world_size, use_gpu=use_gpu)
+    except UserError:
+        raise
+    except Exception as error:  # a bare one where parts of Ray do not come up
         target = f"the Ray cluster at {cluster.address}" if cluster.kind == "ray" else "a Ray on this machine"
         raise UserError(f"cannot use {target}: {type(error).__name__}: {error}") from error
 
