@@ -148,7 +148,7 @@ def _learning(config: RunConfig, summary: RunSummary) -> str:
     )
     cards = "".join(f'<div class="card"><h3>{title}</h3>{figure}</div>' for title, figure in curves)
     has_teacher = any(isinstance(stage, RecoverStage | DistillStage) for stage in config.stages.values())
-    taught = " Of a stage that learns from a teacher, training loss is the divergence from it." if has_teacher else ""
+    taught = " Of a stage with a teacher, training loss includes the divergence from it." if has_teacher else ""
     return (
         '<h2>Learning</h2><p class="said">Thin: every step. Thick: running mean. '
         f"Dots: held-out text, with standard errors.{taught}</p>"
