@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Of what k tokens leave to others, as a probability: below it, one less a sum of float32 is all rounding.
+# Of what k tokens leave to others: below it, the teacher's, one less a sum of float32, is all rounding.
 SMALLEST_REST = 1e-6
 
 
@@ -135,15 +135,18 @@ def _completed(
     elsewhere_BSK = (here_BSK < 0) | (here_BSK >= size)
     here_BSK = here_BSK.masked_fill(elsewhere_BSK, 0)
     log_student_BSK = log_student_BSV.gather(-1, here_BSK)
-    known_BS = log_student_BSK.exp().masked_fill_(elsewhere_BSK, 0.0).sum(dim=-1)
-    _reduce(known_BS, dist.ReduceOp.SUM, group)
-    scale_BS1 = (_log_rest(log_teacher_BSK.exp().sum(dim=-1)) - _log_rest(known_BS)).unsqueeze(-1)
+    known_BSK = log_student_BSK.exp().masked_fill_(elsewhere_BSK, 0.0)
+    # Summed up, since one less the sum of the k is mostly rounding where they are nearly all.
+    rest_BS = log_student_BSV.exp().scatter_add_(-1, here_BSK, -known_BSK).sum(dim=-1)
+    _reduce(rest_BS, dist.ReduceOp.SUM, group)
+    rest_of_teacher_BS = 1.0 - log_teacher_BSK.exp().sum(dim=-1)
+    scale_BS1 = (_log_rest(rest_of_teacher_BS) - _log_rest(rest_BS)).unsqueeze(-1)
     correction_BSK = (log_teacher_BSK - log_student_BSK - scale_BS1).masked_fill_(elsewhere_BSK, 0.0)
     return (log_student_BSV + scale_BS1).scatter_add_(-1, here_BSK, correction_BSK)
 
 
-def _log_rest(known: Tensor) -> Tensor:
-    return (1.0 - known).clamp_(min=SMALLEST_REST).log_()
+def _log_rest(rest: Tensor) -> Tensor:
+    return rest.clamp(min=SMALLEST_REST).log_()
 
 
 def _log_partition(logits_BSV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
