@@ -9,7 +9,7 @@ from html import escape
 from train.quantities import byte_size, count, estimate, percent
 from train.records import Candidate, Quantisation, Speed, Target, Task
 from train.report_style import table
-from train.summary import RunSummary
+from train.summary import RunSummary, best_of
 
 
 def compression_sections(summary: RunSummary) -> Iterator[str]:
@@ -42,11 +42,6 @@ def parameters_of(candidate: Candidate) -> str:
     """All of them, and those a token goes through where it does not go through all."""
     every, active = candidate["num_parameters"], candidate["num_active_parameters"]
     return count(every) if active == every else f"{count(every)}, {count(active)} active"
-
-
-def best_of(candidates: Sequence[Candidate]) -> Candidate:
-    """The one that was taken: of the smaller shapes, that with the lowest loss."""
-    return min(candidates[1:] or candidates, key=lambda each: each["loss"])
 
 
 def value_of(target: Target) -> str:

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from train.quantities import count, estimate
 from train.records import Candidate, Comparison, Evaluation, Step
-from train.summary import RunSummary, StageSummary, exceeds_noise
+from train.summary import RunSummary, StageSummary, best_of, exceeds_noise
 
 Floats = npt.NDArray[np.float64]
 
@@ -226,7 +226,7 @@ def comparison_figure(comparisons: Sequence[Comparison]) -> str:
 
 def candidate_figure(candidates: Sequence[Candidate]) -> str:
     """Shapes that were tried, by loss before recovery; the first is the model they are cut out of."""
-    chosen = min(candidates[1:] or candidates, key=lambda each: each["loss"])
+    chosen = best_of(candidates)
     with rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure = Figure(figsize=(10.4, 0.75 + 0.34 * len(candidates)), layout="constrained")
         axes = figure.subplots()

@@ -171,6 +171,11 @@ def _shape_of(candidate: Candidate) -> Hashable:
     return candidate["stage"], *(candidate[size] for size in sizes)  # type: ignore[literal-required]
 
 
+def best_of(candidates: Sequence[Candidate]) -> Candidate:
+    """The one that was taken: of the smaller shapes, that with the lowest loss."""
+    return min(candidates[1:] or candidates, key=lambda each: each["loss"])
+
+
 def exceeds_noise(comparison: Comparison) -> bool:
     """Whether a gain is more than three standard errors."""
     return comparison["gain"] > 3 * comparison["standard_error"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import subprocess
 import sys
@@ -12,83 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.resume import BLOCK_TOKENS, write_index
 from conf.schema import ShuffleConfig
 from data import stream as stream_module
-from data.index import (
-    PART_SHARDS,
-    SPLITS,
-    Manifest,
-    ShardEntry,
-    Totals,
-    identity_of,
-    part_bytes,
-    part_name,
-    part_row,
-    root_bytes,
-    root_name,
-)
 from data.samples import StreamSpec
 from data.shards import Dataset
 from data.stream import Stream
-
-SHARD_BLOCKS = 128
-BLOCK_TOKENS = 1 << 18
-SHARD_BYTES = 62_500_000
-
-
-def synthesise(root: Path, num_shards: int) -> None:
-    """A dataset's index without its shards: parts of the first 20 are written, of the others only the hash."""
-    digest = hashlib.sha256(b"").digest()
-    size = SHARD_BYTES // SHARD_BLOCKS
-    starts = tuple(136 + number * size for number in range(SHARD_BLOCKS + 1))
-    hashes = tuple(hashlib.md5(bytes([number])).digest() for number in range(SHARD_BLOCKS))
-    entry = ShardEntry(
-        path="",
-        num_documents=1000,
-        num_tokens=SHARD_BLOCKS * BLOCK_TOKENS,
-        num_bytes=SHARD_BYTES,
-        documents_sha256=digest,
-        storage_class="STANDARD",
-        block_starts=starts,
-        block_hashes=hashes,
-    )
-    totals, roots = {}, []
-    for split in SPLITS:
-        count = num_shards if split == "train" else 1
-        rows = []
-        for part in range(-(-count // PART_SHARDS)):
-            numbers = range(part * PART_SHARDS, min(count, (part + 1) * PART_SHARDS))
-            if part == 0 or len(numbers) != PART_SHARDS:
-                paths = [f"{split}/shards/{number:08d}.arrow" for number in numbers]
-                entries = [dataclasses.replace(entry, path=path) for path in paths]
-                content = part_bytes(entries)
-                (root / part_name(split, part)).parent.mkdir(parents=True, exist_ok=True)
-                (root / part_name(split, part)).write_bytes(content)
-                row = part_row(entries, content)
-            rows.append(
-                {**row, "part_sha256": row["part_sha256"] if part == 0 else hashlib.sha256(b"%d" % part).digest()}
-            )
-        totals[split] = Totals(
-            **{name: sum(int(str(row[name])) for row in rows) for name in Totals.__dataclass_fields__}
-        )
-        roots.append(root_bytes(rows))
-        (root / root_name(split)).write_bytes(roots[-1])
-    manifest = Manifest(
-        format_version=2,
-        identity="",
-        tokenizer_sha256="t",
-        vocab_size=50_000,
-        end_of_text_id=0,
-        held_out_fraction=0.1,
-        num_duplicates=0,
-        block_tokens=BLOCK_TOKENS,
-        shard_blocks=SHARD_BLOCKS,
-        splits=totals,
-        inputs=(),
-    )
-    manifest = dataclasses.replace(manifest, identity=identity_of(manifest, roots))
-    (root / "dataset.json").write_bytes(manifest.to_json())
-
 
 OPEN = """
 import json, sys, time
@@ -114,7 +42,7 @@ def test_opening_eight_million_shards_takes_no_more_than_ten_thousand(tmp_path: 
     for count in (10_240, 8_000_512):
         root = tmp_path / str(count)
         root.mkdir()
-        synthesise(root, count)
+        write_index(root, count, {})
         done = subprocess.run([sys.executable, "-c", OPEN, str(root)], capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout))
     print(results)
@@ -129,7 +57,7 @@ def test_opening_eight_million_shards_takes_no_more_than_ten_thousand(tmp_path: 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Stream:
     root = tmp_path_factory.mktemp("big")
-    synthesise(root, 8_000_512)
+    write_index(root, 8_000_512, {})
     spec = StreamSpec(
         mixtures=[(0, {"big": 1.0})],
         seed=1,
