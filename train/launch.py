@@ -309,8 +309,6 @@ def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
             ray.init(address=cluster.address or "auto", log_to_driver=False, logging_level="error")
         else:
             _start_ray(world_size, use_gpu=use_gpu)
-    except UserError:
-        raise
     except Exception as error:  # a bare one where parts of Ray do not come up
         target = f"the Ray cluster at {cluster.address}" if cluster.kind == "ray" else "a Ray on this machine"
         raise UserError(f"cannot use {target}: {type(error).__name__}: {error}") from error
