@@ -151,7 +151,7 @@ class MixtureSchedule:
         sources, counts = np.empty_like(ids), np.empty_like(ids)
         firsts = np.array([phase.first_step for phase in self._phases])
         numbers = np.searchsorted(firsts, steps, side="right") - 1
-        for number in distinct(numbers):
+        for number in distinct(numbers).tolist():
             phase, chosen = self._phases[number], numbers == number
             positions = (steps[chosen] - phase.first_step) * self._global_batch + inside[chosen] * self.num_lanes
             within, earlier = phase.mixture.locate(positions + lanes[chosen])

@@ -111,6 +111,7 @@ class SampleOrder:
     Attributes:
         spec: what the order is a function of, besides the datasets.
         num_lanes: contiguous shares of the global batch that read for themselves.
+        sources: of the mixtures.
     """
 
     def __init__(self, datasets: Mapping[str, Dataset], spec: StreamSpec) -> None:
@@ -129,16 +130,16 @@ class SampleOrder:
         self._schedule = MixtureSchedule(
             spec.mixtures, seed=spec.seed, num_lanes=self.num_lanes, global_batch=spec.global_batch
         )
-        self._sources: list[Source] = []
+        self.sources: list[Source] = []
         for name in self._schedule.names:
             if name not in datasets:
                 raise DataError(f"the mixture names source '{name}'; there is: {', '.join(sorted(datasets))}.")
-            self._sources.append(Source(name, datasets[name], spec, self.num_lanes))
+            self.sources.append(Source(name, datasets[name], spec, self.num_lanes))
         self._check_epochs()
 
     def samples_in_epoch(self, source: str) -> int:
         """Samples of a source before its next pass begins."""
-        return self._sources[self._schedule.names.index(source)].samples_in_epoch
+        return self.sources[self._schedule.names.index(source)].samples_in_epoch
 
     def sample_ids(self, step: int) -> Indices:
         """Global ids of the samples of a step, in order, shape (global_batch,)."""
@@ -147,14 +148,14 @@ class SampleOrder:
 
     def samples(self, ids: Indices) -> list[Sample]:
         """Source, epoch and place of global sample ids."""
-        sources, epochs, first_tokens = self._locate(ids)
+        sources, epochs, first_tokens = self.locate(ids)
         places = zip(ids.tolist(), sources.tolist(), epochs.tolist(), first_tokens.tolist(), strict=True)
         return [Sample(number, self._schedule.names[source], epoch, first) for number, source, epoch, first in places]
 
     def blocks(self, step: int) -> list[tuple[str, int]]:
         """Blocks that a step reads something of, as (source, number)."""
-        sources, _, first_tokens = self._locate(self.sample_ids(step))
-        return [(self._sources[source].name, block) for _, source, block in self._blocks_of(sources, first_tokens)]
+        sources, _, first_tokens = self.locate(self.sample_ids(step))
+        return [(self.sources[source].name, block) for _, source, block in self.blocks_of(sources, first_tokens)]
 
     def first_step_with(self, stretches: Mapping[str, Sequence[tuple[int, int]]], steps: range) -> int | None:
         """The first of some steps that shows a token of stretches [first, after) of sources; None: none does."""
@@ -162,9 +163,9 @@ class SampleOrder:
         at_once = max(1, SEARCHED_SAMPLES // rows)
         for start in range(steps.start, steps.stop, at_once):
             ids = np.arange(start * rows, min(start + at_once, steps.stop) * rows, dtype=np.int64)
-            sources, _, first_tokens = self._locate(ids)
+            sources, _, first_tokens = self.locate(ids)
             shown = np.zeros(len(ids), bool)
-            for number, source in enumerate(self._sources):
+            for number, source in enumerate(self.sources):
                 for first, after in stretches.get(source.name, ()):
                     shown |= (sources == number) & (first_tokens < after) & (first_tokens + length > first)
             if shown.any():
@@ -175,25 +176,25 @@ class SampleOrder:
         """Memory of the decoded blocks that a rank with so many rows of each step mixes at a time."""
         lanes = min(self.num_lanes, -(-num_rows * self.num_lanes // self.spec.global_batch) + 1)
         total = 0
-        for source in self._sources:
+        for source in self.sources:
             size = source.dataset.block_bytes
             num_blocks = source.dataset.num_tokens("train") // source.dataset.manifest.block_tokens + 1
             total += size * min(num_blocks, lanes * source.shuffle.window_runs * source.run_blocks)
         return total
 
-    def _locate(self, ids: Indices) -> tuple[Indices, Indices, Indices]:
-        """Source (its place in the schedule), epoch and first token of each id."""
+    def locate(self, ids: Indices) -> tuple[Indices, Indices, Indices]:
+        """Source (its place in `sources`), epoch and first token of each global sample id."""
         sources, lanes, counts = self._schedule.locate(ids)
         epochs, first_tokens = np.empty_like(counts), np.empty_like(counts)
-        for number in distinct(sources):
-            source, chosen = self._sources[number], sources == number
+        for number in distinct(sources).tolist():
+            source, chosen = self.sources[number], sources == number
             epochs[chosen], runs, inside = source.shuffle.locate(lanes[chosen], counts[chosen])
             first_tokens[chosen] = runs * source.run_tokens + inside * self.spec.sequence_length
         return sources, epochs, first_tokens
 
-    def _blocks_of(self, sources: Indices, first_tokens: Indices) -> list[tuple[int, int, int]]:
+    def blocks_of(self, sources: Indices, first_tokens: Indices) -> list[tuple[int, int, int]]:
         """Blocks these samples need, each once, in order of first need: the sample that needs it, source and number."""
-        sizes = np.array([source.dataset.manifest.block_tokens for source in self._sources])[sources]
+        sizes = np.array([source.dataset.manifest.block_tokens for source in self.sources])[sources]
         firsts = first_tokens // sizes
         counts = (first_tokens + self.spec.sequence_length - 1) // sizes - firsts + 1
         samples = np.repeat(np.arange(len(sources)), counts)
@@ -208,7 +209,7 @@ class SampleOrder:
 
     def _check_epochs(self) -> None:
         taken = self._schedule.samples_before(self.spec.num_steps)
-        for source in self._sources:
+        for source in self.sources:
             most = self.spec.max_epochs.get(source.name)
             epochs = taken[source.name] / source.samples_in_epoch
             if most is not None and epochs > most:

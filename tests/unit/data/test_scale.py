@@ -13,7 +13,7 @@ import pytest
 
 from bench.resume import BLOCK_TOKENS, write_index
 from conf.schema import ShuffleConfig
-from data import stream as stream_module
+from data.rows import RowReader
 from data.samples import StreamSpec
 from data.shards import Dataset
 from data.stream import Stream
@@ -70,16 +70,13 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Stream:
 
 
 @pytest.mark.parametrize("data_size", [1, 2, 3, 4, 8, 64, 1024])
-def test_data_ranks_together_plan_the_same_global_batch(
-    big: Stream, data_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stream_module, "PLANNED_SAMPLES", 64)
+def test_data_ranks_together_plan_the_same_global_batch(big: Stream, data_size: int) -> None:
     whole = [(sample.id, sample.first_token) for sample in big.samples(big.sample_ids(100_000))]
     share = 3072 // data_size
     shared = []
     for rank in range(data_size):
-        plan = big._planned(100_000, rank * share, share)
-        shared += plan.first_tokens[100_000 - plan.first_step].tolist()
+        reader = RowReader(big, 100_000, rank * share, share)
+        shared += (reader._blocks[0] * BLOCK_TOKENS + reader._starts[0]).tolist()
     assert shared == [first for _, first in whole]
 
 
@@ -87,8 +84,7 @@ def test_each_data_rank_reads_few_blocks_and_no_two_the_same(big: Stream) -> Non
     steps = 64  # of 3 samples a lane, blocks hold 32: 192 of a window's 1024 samples
     owners: dict[int, int] = {}
     for rank in range(0, 1024, 128):
-        plan = big._planned(0, rank * 3, 3)
-        for block in np.unique(plan.first_tokens[:steps] // BLOCK_TOKENS).tolist():
+        for block in np.unique(RowReader(big, 0, rank * 3, 3)._blocks[:steps]).tolist():
             assert owners.setdefault(block, rank) == rank
     assert len(owners) <= 8 * 32
 
@@ -103,21 +99,20 @@ GETS_PER_SECOND = 5500
 def test_two_thousand_readers_stay_inside_the_request_rate_of_a_prefix(
     big: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = big._sources[0].dataset
+    dataset = big.sources[0].dataset
     requests: list[int] = []
     monkeypatch.setattr(dataset, "expect", lambda split, numbers: requests.extend(numbers))
     spec = dataclasses.replace(
         big.spec, global_batch=NUM_READERS, shuffle=ShuffleConfig(lanes=NUM_READERS, readahead_blocks=16)
     )
     some = range(0, NUM_READERS, 256)
-    num_steps = 2 * 1024  # two windows of 32 blocks with 32 samples each
+    num_steps = 8 * 1024  # windows of 32 blocks with 32 samples each; more than are worked out at once
     per_step = np.zeros(num_steps, np.int64)
     asked: list[int] = []
     for rank in some:
-        stream = Stream({"big": dataset}, spec)
+        reader = RowReader(Stream({"big": dataset}, spec), 0, rank, 1)
         for step in range(num_steps):
-            plan = stream._planned(step, rank, 1)
-            stream._read_ahead(plan, step - plan.first_step)
+            reader.read_ahead(step)
             per_step[step] += len(requests)
             asked += requests
             requests.clear()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from conf.errors import DataError
 from conf.schema import ShuffleConfig
-from data import stream as stream_module
+from data import rows as rows_module
 from data.batch import Batch, attended_length, positions_in_documents
 from data.samples import StreamSpec
 from data.shards import Dataset
@@ -39,8 +39,8 @@ def two(make_dataset: MakeDataset) -> dict[str, Dataset]:
 
 @pytest.fixture
 def short_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every data rank plans thousands of samples ahead; a test that plays many of them for a few steps need not."""
-    monkeypatch.setattr(stream_module, "PLANNED_SAMPLES", 64)
+    """Every data rank plans a thousand samples ahead; a test that plays many of them for a few steps need not."""
+    monkeypatch.setattr(rows_module, "FIRST_SAMPLES", 64)
 
 
 @pytest.mark.usefixtures("short_plans")
