@@ -40,6 +40,15 @@ class Stream(SampleOrder):
             DataError: a shard is missing or damaged.
             ValueError: the global batch cannot be shared by so many data ranks in whole micro-batches.
         """
+        first, share = self.share_of(data_rank, data_size)
+        return self.batches_of(self.rows(step, first, share), step, first)
+
+    def share_of(self, data_rank: int, data_size: int) -> tuple[int, int]:
+        """First row of a data rank in every global batch, and number of rows.
+
+        Raises:
+            ValueError: the global batch cannot be shared by so many data ranks in whole micro-batches.
+        """
         rows, micro = self.spec.global_batch, self.spec.micro_batch
         if rows % (data_size * micro):
             raise ValueError(
@@ -49,10 +58,13 @@ class Stream(SampleOrder):
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data rank {data_rank} of {data_size}")
         share = rows // data_size
-        first = data_rank * share
-        ids = step * rows + np.arange(first, first + share, dtype=np.int64)
-        windows = self.rows(step, first, share)
-        return [self._batch(windows[row : row + micro], ids[row : row + micro]) for row in range(0, share, micro)]
+        return data_rank * share, share
+
+    def batches_of(self, rows: Tokens, step: int, first_row: int) -> list[Batch]:
+        """Micro-batches of rows of a step, as `rows` gives them."""
+        first, micro = step * self.spec.global_batch + first_row, self.spec.micro_batch
+        ids = np.arange(first, first + len(rows), dtype=np.int64)
+        return [self._batch(rows[row : row + micro], ids[row : row + micro]) for row in range(0, len(rows), micro)]
 
     def rows(self, step: int, first_row: int, num_rows: int) -> Tokens:
         """Tokens of some rows of a step as they are stored, shape (num_rows, sequence_length + 1); reads ahead.

@@ -16,12 +16,14 @@ from parallel.device import this_device
 from parallel.distillation import read_likeliest
 from parallel.divergence import TeacherLogits
 from parallel.engine import Engine, Logits
+from parallel.groups import default_store
 from parallel.inputs import rows_of_ranks
 from parallel.mesh import Coordinate, Mesh
 from recipes.lessons import teacher_engine
 from recipes.recording import about_data, about_text, learner_of, location_of, manifest_of
 from recipes.stage import StageInput, StageOutput
 from train.metrics import MetricsWriter
+from train.shared_stream import SharedStream
 
 CHUNK_BYTES = 1 << 32
 """Of all ranks together: what a recording that is stopped may lose."""
@@ -44,14 +46,15 @@ def record_logits(given: StageInput, stage: LogitsStage) -> StageOutput:
     store = Store.open(location, config.data.storage)
     stream = stream_of_stage(config, stage.stage, given.datasets)
     with teacher_engine(given, teacher, training.micro_batch) as engine:
-        place, mesh = engine.coordinate, engine.mesh
+        shared = SharedStream(stream, engine.mesh, given.context.place, default_store(), given.name)
         recorder = Recorder(engine, store, manifest, temperature=distillation.temperature)
         finished = recorder.run(
-            lambda step: given.reading.of_all_ranks(lambda: stream.batches(step, place.data, mesh.data)),
+            lambda step: given.reading.of_all_ranks(lambda: shared.batches(step)),
             training.num_steps,
             asked_to_stop=lambda: asked_to_stop(given),
             tell=lambda done: tell(given, done, training.num_steps),
         )
+        shared.close()
     return StageOutput("finished" if finished else "stopped", None)
 
 

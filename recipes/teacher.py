@@ -24,6 +24,7 @@ from recipes.rules_layout import mesh_of
 from recipes.stage import StageInput, open_datasets
 from train.data_gate import data_gate
 from train.loop import PREFETCH_STEPS
+from train.shared_stream import SharedStream
 from train.worker import RankContext
 
 
@@ -57,20 +58,22 @@ def teach_stage(given: StageInput, board: Board, server: LogitsServer | None) ->
     training, distillation = learner_of(config, name)
     service = distillation.service
     assert service is not None, "the students ask"
-    stream = stream_of_stage(config, name, given.datasets)
+    stream, place = stream_of_stage(config, name, given.datasets), given.context.place
     sources = [given.datasets[source] for source in training.sources]
-    gate = data_gate(default_store(), name, sources, place=given.context.place, say=print)
+    gate = data_gate(default_store(), name, sources, place=place, say=print)
     teacher = given.open_model(distillation.teacher)
     with teacher_engine(given, teacher, training.micro_batch) as engine:
+        shared = SharedStream(stream, engine.mesh, place, default_store(), name)
 
         def batches_of(step: int) -> list[Batch]:
             try:
-                return stream.batches(step, engine.coordinate.data, engine.mesh.data)
+                return shared.batches(step)
             finally:
                 if gate is not None:
                     gate.arrive(step)
 
         def give_up() -> None:
+            shared.give_up()
             for dataset in given.datasets.values():
                 dataset.give_up()
 
@@ -91,6 +94,7 @@ def teach_stage(given: StageInput, board: Board, server: LogitsServer | None) ->
                 if gate is not None:
                     gate.opens(step, lambda: False)
                 speaker.speak(next(batches))
+        shared.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

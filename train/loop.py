@@ -29,6 +29,7 @@ from train.resume import newest_intact
 from train.saver import Saver
 from train.schedule import learning_rate
 from train.scores import DocumentScores
+from train.shared_stream import SharedStream
 from train.worker import RankContext, RankOutcome
 
 PREFETCH_STEPS = 4
@@ -79,6 +80,7 @@ class TrainingLoop:
         self.initial = initial
         training = job.training
         self.stream = stream_of_stage(context.config, job.name, job.datasets)
+        self.shared = SharedStream(self.stream, engine.mesh, context.place, default_store(), job.name)
         cross_entropy = CrossEntropy(z_loss=training.z_loss)
         self.objectives = job.objectives or (lambda micro_batches: cross_entropy)
         self.metrics = MetricsWriter(context.run.metrics_file) if context.is_first else None
@@ -137,6 +139,7 @@ class TrainingLoop:
                 if last or stopped or is_due(step, training.checkpoint_every_steps):
                     self.save(step)
         self.saver.wait()
+        self.shared.close()
         return ("stopped" if stopped and step < training.num_steps else "finished"), self.checkpoint_path(step)
 
     def restore(self) -> int:
@@ -159,7 +162,7 @@ class TrainingLoop:
     def batches_of(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
         try:
-            return self.stream.batches(step, self.engine.coordinate.data, self.engine.mesh.data)
+            return self.shared.batches(step)
         finally:
             # Where they could not be read, too: the step is where that is raised.
             if self.gate is not None:
@@ -182,7 +185,8 @@ class TrainingLoop:
         }
 
     def give_up_waiting(self) -> None:
-        """Let the thread that makes batches end, which may wait for an archived shard."""
+        """Let the thread that makes batches end, which may wait for an archived shard or for another rank."""
+        self.shared.give_up()
         for dataset in self.job.datasets.values():
             dataset.give_up()
 

@@ -73,6 +73,12 @@ class Place:
     world: str = TRAINING_WORLD
     engine: EngineConfig | None = None
 
+    @property
+    def ranks_here(self) -> range:
+        """Ranks of this world on this rank's node; a world may begin and end within a node."""
+        first = self.rank - self.local_rank
+        return range(max(0, first), min(self.world_size, first + self.ranks_on_node))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
