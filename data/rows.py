@@ -50,7 +50,7 @@ class RowReader:
         for source in order.sources:
             ahead = (order.spec.shuffle.readahead_blocks + GROUP_BLOCKS) * source.dataset.block_bytes
             # A window is read from while the next is read ahead; a quarter more for lanes that begin theirs apart.
-            source.dataset.keep(order.working_set_bytes(num_rows) * 5 // 4 + ahead)
+            source.dataset.keep(source.working_set_bytes(order.lanes_of(num_rows)) * 5 // 4 + ahead)
         self._work_out(FIRST_SAMPLES)
 
     def goes_on(self, step: int, first_row: int, num_rows: int) -> bool:

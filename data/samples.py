@@ -104,6 +104,12 @@ class Source:
         """Samples before its next pass begins."""
         return self.shuffle.num_runs * self.shuffle.run_samples
 
+    def working_set_bytes(self, num_lanes: int) -> int:
+        """Memory of the decoded blocks that so many lanes mix at a time."""
+        dataset = self.dataset
+        num_blocks = dataset.num_tokens("train") // dataset.manifest.block_tokens + 1
+        return dataset.block_bytes * min(num_blocks, num_lanes * self.shuffle.window_runs * self.run_blocks)
+
 
 class SampleOrder:
     """The samples of a stream, in order.
@@ -172,15 +178,9 @@ class SampleOrder:
                 return start + int(shown.argmax()) // rows
         return None
 
-    def working_set_bytes(self, num_rows: int) -> int:
-        """Memory of the decoded blocks that a rank with so many rows of each step mixes at a time."""
-        lanes = min(self.num_lanes, -(-num_rows * self.num_lanes // self.spec.global_batch) + 1)
-        total = 0
-        for source in self.sources:
-            size = source.dataset.block_bytes
-            num_blocks = source.dataset.num_tokens("train") // source.dataset.manifest.block_tokens + 1
-            total += size * min(num_blocks, lanes * source.shuffle.window_runs * source.run_blocks)
-        return total
+    def lanes_of(self, num_rows: int) -> int:
+        """Lanes that a rank with so many rows of each step reads for, at most."""
+        return min(self.num_lanes, -(-num_rows * self.num_lanes // self.spec.global_batch) + 1)
 
     def locate(self, ids: Indices) -> tuple[Indices, Indices, Indices]:
         """Source (its place in `sources`), epoch and first token of each global sample id."""

@@ -12,8 +12,9 @@ from conf.errors import DataError
 from conf.schema import ShuffleConfig
 from data import rows as rows_module
 from data.batch import Batch, attended_length, positions_in_documents
+from data.index import GROUP_BLOCKS
 from data.samples import StreamSpec
-from data.shards import Dataset
+from data.shards import Access, Dataset
 from data.stream import Stream
 
 LENGTH = 16
@@ -96,6 +97,17 @@ def test_what_the_first_step_needs_is_read_before_all_else(
     stream.rows(3, 0, 2)
     assert asked[0] == asked[1] == needed
     assert len(asked) > 2 and not needed & set().union(*asked[2:])
+
+
+def test_each_source_keeps_what_is_mixed_of_it_and_no_more(make_dataset: MakeDataset) -> None:
+    paths = {name: make_dataset(name, num_documents=200, block_tokens=64).path for name in ("one", "other", "third")}
+    datasets = {name: Dataset.open(path, Access(cache_bytes=0)) for name, path in paths.items()}
+    shuffle = ShuffleConfig(lanes=2, window_blocks=8, readahead_blocks=4)
+    stream = stream_of(datasets, global_batch=12, shuffle=shuffle)
+    for step in range(100):
+        stream.rows(step, 0, 12)
+    for dataset in datasets.values():
+        assert len(dataset._blocks) <= 2 * 8 * 5 // 4 + 4 + GROUP_BLOCKS
 
 
 def test_steps_consume_consecutive_positions(two: dict[str, Dataset]) -> None:
