@@ -26,7 +26,6 @@ from conf.schema import StorageConfig
 from data.index import (
     FORGOTTEN_ID,
     MANIFEST_NAME,
-    PART_SHARDS,
     SPLITS,
     ShardEntry,
     Split,
@@ -110,9 +109,7 @@ def _forget(documents: frozenset[str], dataset: Dataset, storage: StorageConfig 
         )
     entries = _rewritten(dataset, passages, documents)
     changes, becomes = _new_index(dataset, entries)
-    old = [
-        dataset.part(split, shard // PART_SHARDS).path(shard % PART_SHARDS) for split, shard in entries
-    ]  # fmt: skip
+    old = [part.path(inside) for part, inside in (dataset.part_of(*changed) for changed in entries)]
     stone = Tombstone(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         documents=tuple(sorted({passage.id for passage in passages})),
@@ -226,9 +223,9 @@ def _new_index(dataset: Dataset, entries: Mapping[tuple[Split, int], ShardEntry]
     roots, totals = [], {}
     for split in SPLITS:
         rows = pq.read_table(pa.BufferReader(dataset.store.read(root_name(split)))).to_pylist()
-        for number in sorted({shard // PART_SHARDS for changed, shard in entries if changed == split}):
-            part = dataset.part(split, number)
-            first = number * PART_SHARDS
+        size = dataset.part_shards(split)
+        for number in sorted({shard // size for changed, shard in entries if changed == split}):
+            part, first = dataset.part(split, number), number * size
             kept = [entries.get((split, first + shard)) or part.entry(shard) for shard in range(len(part))]
             content = part_bytes(kept)
             changes[part_name(split, number)] = content

@@ -2,7 +2,7 @@
 
 dataset.json             the manifest, written last: a folder without it is not a dataset
 SPLIT/index.parquet      the root: a row for each part, with the part's sums and sha256
-SPLIT/index/N.parquet    parts: a row for each of `PART_SHARDS` shards, with the hash of every block in it
+SPLIT/index/N.parquet    parts: a row for each of some shards, with the hash of every block in it
 SPLIT/shards/N.arrow     shards: Arrow IPC files, a record batch (block) of `block_tokens + 1` tokens at a time
 SPLIT/documents/N.parquet   which documents a shard holds: id, source, first token, number of tokens
 
@@ -33,7 +33,9 @@ from data.tables import numbers, read_table
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
-PART_SHARDS = 1024
+PART_SHARDS = 256
+"""Shards of the parts that are written; datasets may have others. The root of 8 million shards and a part are about
+equally long, so a rank that starts reads little more than the hashes of what it needs."""
 HASH_BYTES = 16
 GROUP_BLOCKS = 4
 """Neighbouring blocks that are read by one request where they are needed together: a request costs the reader as much
@@ -229,7 +231,7 @@ def table_bytes(table: pa.Table) -> bytes:
 def part_bytes(entries: Sequence[ShardEntry]) -> bytes:
     """The bytes of a part of the index."""
     columns = {name: [getattr(entry, name) for entry in entries] for name in PART_SCHEMA.names}
-    return table_bytes(pa.table(columns, schema=PART_SCHEMA))
+    return _index_bytes(pa.table(columns, schema=PART_SCHEMA), "block_starts.list.element")
 
 
 def part_row(entries: Sequence[ShardEntry], content: bytes) -> dict[str, object]:
@@ -246,13 +248,14 @@ def part_row(entries: Sequence[ShardEntry], content: bytes) -> dict[str, object]
 
 def root_bytes(rows: Sequence[dict[str, object]]) -> bytes:
     """The bytes of the root of an index."""
-    return table_bytes(pa.Table.from_pylist(list(rows), schema=ROOT_SCHEMA))
+    return _index_bytes(pa.Table.from_pylist(list(rows), schema=ROOT_SCHEMA), *ROOT_SCHEMA.names[:5])
 
 
 class Root:
     """The parts of a split's index.
 
     Attributes:
+        part_shards: shards of a part, but for the last, which may have fewer.
         first_document: int64 number of each part's first document; one more entry, the total.
         totals: sums over the split.
     """
@@ -273,8 +276,9 @@ class Root:
                 f"{name}: {self.totals} in {split}, and {MANIFEST_NAME} says {manifest.splits[split]}. "
                 "Copy the dataset again or prepare it anew."
             )
-        if (sums["num_shards"][:-1] != PART_SHARDS).any() or sums["num_shards"][-1:].max(initial=0) > PART_SHARDS:
-            raise DataError(f"{name}: a part before the last does not have {PART_SHARDS} shards.")
+        self.part_shards = int(sums["num_shards"].max(initial=1))
+        if (sums["num_shards"][:-1] != self.part_shards).any():
+            raise DataError(f"{name}: a part before the last does not have {self.part_shards} shards.")
         self.first_document = np.concatenate([[0], np.cumsum(sums["num_documents"])])
         self._rows = sums
         self._sha256 = table.column("part_sha256")
@@ -290,7 +294,7 @@ class Root:
 
 
 class Part:
-    """A part of the index: up to `PART_SHARDS` shards, about 30 bytes a block in memory.
+    """A part of the index, about 30 bytes a block in memory.
 
     Attributes:
         first_document: int64 number of each shard's first document within the part; one more entry, the total.
@@ -337,11 +341,6 @@ class Part:
         """Path of a shard, by its number in the part."""
         return self._paths[shard]
 
-    def storage_class(self, shard: int) -> str:
-        """Storage class of a shard, by its number in the part."""
-        storage_class: str = self._table.column("storage_class")[shard].as_py()
-        return storage_class
-
     def block(self, shard: int, block: int) -> BlockRef:
         """A block, by its number in the shard, which is given by its number in the part."""
         first = int(self._start_offsets[shard]) + block
@@ -370,6 +369,15 @@ class Part:
             )
         if len(set(self._paths)) != len(self._paths):
             raise DataError(f"{name}: names a shard twice. Prepare the dataset anew.")
+
+
+def _index_bytes(table: pa.Table, *integers: str) -> bytes:
+    """As `table_bytes`, encoded to be decoded sooner: hashes do not compress, and of integers differences are kept."""
+    sink = pa.BufferOutputStream()
+    encoding = dict.fromkeys(integers, "DELTA_BINARY_PACKED")
+    pq.write_table(table, sink, compression="none", use_dictionary=False, column_encoding=encoding)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def _fixed_binary(values: pa.FixedSizeBinaryArray) -> memoryview:

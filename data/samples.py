@@ -13,14 +13,15 @@ import numpy as np
 
 from conf.errors import DataError
 from conf.schema import ShuffleConfig
-from data.index import GROUP_BLOCKS, PART_SHARDS
+from data.index import GROUP_BLOCKS
 from data.mix import MixtureSchedule, num_lanes_of
 from data.order import BlockShuffle, Indices, distinct, group_runs_of, key_of, run_blocks_of
 from data.shards import Dataset
 
 SEARCHED_SAMPLES = 1 << 18
-NEAR_PARTS = 16
-"""Parts of the index that a shuffle draws from at a time."""
+STRETCH_SHARDS = 1024
+NEAR_STRETCHES = 16
+"""Stretches of neighbouring shards that a shuffle draws from at a time, which bounds the index in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +93,8 @@ class Source:
             window_runs=1 if self.is_whole else max(1, spec.shuffle.window_blocks // self.run_blocks),
             num_lanes=num_lanes,
             group_runs=1 if self.is_whole else group_runs_of(num_lanes, GROUP_BLOCKS // self.run_blocks),
-            near_runs=max(1, NEAR_PARTS * PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
-            stretch_runs=max(1, PART_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
+            near_runs=max(1, NEAR_STRETCHES * STRETCH_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
+            stretch_runs=max(1, STRETCH_SHARDS * dataset.manifest.shard_blocks // self.run_blocks),
             seed=key_of(spec.seed, name),
         )
         if self.is_whole:

@@ -20,7 +20,6 @@ from data.blocks import BlockReader, intact
 from data.cache import BlockCache, Tokens
 from data.index import (
     MANIFEST_NAME,
-    PART_SHARDS,
     SPLITS,
     BlockRef,
     Manifest,
@@ -38,8 +37,8 @@ from data.tables import read_table
 from data.tier import Tier
 
 CACHE_BYTES = 64 << 20
-NUM_PARTS = 24
-"""Parts of the index kept in memory; more than a shuffle draws from at a time."""
+KEPT_SHARDS = 24 * 1024
+"""Shards whose parts of the index are kept in memory; more than a shuffle draws from at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +89,7 @@ class Dataset:
         self.reader = BlockReader(store, access.tiers, access.archive.ask if access.archive else None)
         self.archive = access.archive
         self._roots = roots
+        self._num_parts = max(1, KEPT_SHARDS // max(root.part_shards for root in roots.values()))
         self._parts: OrderedDict[tuple[Split, int], Future[Part]] = OrderedDict()
         self._lock = threading.Lock()
         self._blocks = BlockCache(
@@ -239,7 +239,7 @@ class Dataset:
         part = self.part(split, part_number)
         inside = number - int(first_of_parts[part_number])
         shard = int(np.searchsorted(part.first_document, inside, side="right")) - 1
-        table = self.documents(split, part_number * PART_SHARDS + shard)
+        table = self.documents(split, part_number * self.part_shards(split) + shard)
         row = table.column("number").to_pylist().index(number)
         first, count = (int(table.column(name)[row].as_py()) for name in ("first_token", "num_tokens"))
         return TokenDocument(number, table.column("id")[row].as_py(), self.tokens(split, first, count))
@@ -274,12 +274,22 @@ class Dataset:
         Raises:
             DataError: the table is missing or damaged.
         """
-        entry = self.part(split, shard // PART_SHARDS).entry(shard % PART_SHARDS)
+        part, inside = self.part_of(split, shard)
+        entry = part.entry(inside)
         name = documents_name(entry.path)
         content = bytes(self.store.read(name))
         if hashlib.sha256(content).digest() != entry.documents_sha256:
             raise DataError(f"{self.store.name_of(name)}: another sha256 than the index says. Copy it again.")
         return read_table(content)
+
+    def part_shards(self, split: Split) -> int:
+        """Shards of a part of a split's index, but for the last, which may have fewer."""
+        return self._roots[split].part_shards
+
+    def part_of(self, split: Split, shard: int) -> tuple[Part, int]:
+        """The part of the index that a shard is in, and its number there; raises as `part`."""
+        number, inside = divmod(shard, self.part_shards(split))
+        return self.part(split, number), inside
 
     def part(self, split: Split, number: int) -> Part:
         """A part of the index.
@@ -293,7 +303,7 @@ class Dataset:
             is_new = future is None
             if future is None:
                 future = self._parts[key] = Future()
-                if len(self._parts) > NUM_PARTS:
+                if len(self._parts) > self._num_parts:
                     self._parts.popitem(last=False)
             else:
                 self._parts.move_to_end(key)
@@ -308,7 +318,7 @@ class Dataset:
         return future.result()
 
     def check_stored(self) -> None:
-        """Hold the shards of each split's first part against what is stored, by one listing.
+        """Hold the shards against what is stored; see `stored.check_stored`.
 
         Raises:
             DataError: a shard is missing, has another size or another type of tokens.
@@ -332,4 +342,5 @@ class Dataset:
 
     def _place_of(self, split: Split, number: int) -> BlockRef:
         shard, block = divmod(number, self.manifest.shard_blocks)
-        return self.part(split, shard // PART_SHARDS).block(shard % PART_SHARDS, block)
+        part, inside = self.part_of(split, shard)
+        return part.block(inside, block)

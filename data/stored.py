@@ -7,30 +7,34 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from conf.errors import DataError
-from data.index import PART_SHARDS, SPLITS, BlockRef
+from data.index import SPLITS, BlockRef
 from data.storage import ArchivedObjectError, MissingObjectError, Store
 
 if TYPE_CHECKING:
     from data.shards import Dataset
 
+LISTED_SHARDS = 1024
+"""Shards of a split that are all looked at; there is one listing of them."""
+
 
 def check_stored(dataset: Dataset, schema: pa.Schema) -> None:
-    """Names and sizes of the shards of each split's first part, by one listing, and the type of a shard's tokens.
+    """Names and sizes of each split's shards, by one listing, or the first of many; and the type of a shard's tokens.
 
     Raises:
         DataError: a shard is missing, has another size or another type of tokens.
     """
     store = dataset.store
     for split in SPLITS:
-        if not dataset.num_shards(split):
+        count = dataset.num_shards(split)
+        if not count:
             continue
-        part = dataset.part(split, 0)
-        sizes = store.sizes(f"{split}/shards") if dataset.num_shards(split) <= PART_SHARDS else {}
-        for shard in range(len(part) if sizes else 1):
-            path = part.path(shard)
+        sizes = store.sizes(f"{split}/shards") if count <= LISTED_SHARDS else {}
+        for shard in range(count if sizes else 1):
+            part, inside = dataset.part_of(split, shard)
+            path = part.path(inside)
             stored = sizes.get(path) if sizes else _size_of(store, path)
-            _check_size(store.name_of(path), stored, int(part.num_bytes[shard]))
-        _check_schema(store, part.block(0, 0), schema)
+            _check_size(store.name_of(path), stored, int(part.num_bytes[inside]))
+        _check_schema(store, dataset.part(split, 0).block(0, 0), schema)
 
 
 def _size_of(store: Store, path: str) -> int | None:

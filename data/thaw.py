@@ -20,7 +20,6 @@ from conf import load
 from conf.errors import UserError
 from conf.schema import StorageConfig
 from data.archive import Archive, Retrieval
-from data.index import PART_SHARDS
 from data.prepare import prepared
 from data.shards import Dataset
 from data.stream import Stream, stream_of_stage
@@ -82,10 +81,10 @@ def needs_of(
             first.setdefault((source, shard), max(steps.start, step - stride + 1))
     needs = []
     for (source, shard), step in first.items():
-        part = datasets[source].part("train", shard // PART_SHARDS)
-        path = part.path(shard % PART_SHARDS)
+        part, inside = datasets[source].part_of("train", shard)
+        path = part.path(inside)
         if path in archived[source]:
-            size = int(part.num_bytes[shard % PART_SHARDS])
+            size = int(part.num_bytes[inside])
             needs.append(Need(source=source, path=path, num_bytes=size, first_step=step))
     return sorted(needs, key=lambda need: (need.first_step, need.source, need.path))
 
