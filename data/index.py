@@ -195,7 +195,7 @@ class Manifest:
         return pa.uint16() if self.vocab_size <= 1 << 16 else pa.uint32()
 
 
-def identity_of(manifest: Manifest, roots: Sequence[bytes]) -> str:
+def identity_of(manifest: Manifest, roots: Sequence[bytes | memoryview]) -> str:
     """Identity of a dataset: sha256 over what gives its tokens their meaning and over the roots of its index."""
     facts = [FORMAT_VERSION, manifest.tokenizer_sha256, manifest.vocab_size, manifest.end_of_text_id]
     digest = hashlib.sha256(json.dumps([*facts, manifest.block_tokens, manifest.shard_blocks]).encode())
@@ -260,7 +260,7 @@ class Root:
         totals: sums over the split.
     """
 
-    def __init__(self, content: bytes, manifest: Manifest, split: Split, name: str) -> None:
+    def __init__(self, content: bytes | memoryview, manifest: Manifest, split: Split, name: str) -> None:
         """Read a root and hold it against the manifest.
 
         Raises:

@@ -111,12 +111,12 @@ class Dataset:
         store = Store.open(location, access.storage)
         names = (MANIFEST_NAME, *(root_name(split) for split in SPLITS))
 
-        def read() -> list[bytes]:
+        def read() -> list[memoryview]:
             with ThreadPoolExecutor(len(names)) as pool:
-                return list(pool.map(lambda name: bytes(store.read(name)), names))
+                return list(pool.map(store.read, names))
 
-        def opened(contents: list[bytes]) -> Dataset:
-            manifest = Manifest.from_json(contents[0], store.name_of(MANIFEST_NAME))
+        def opened(contents: list[memoryview]) -> Dataset:
+            manifest = Manifest.from_json(bytes(contents[0]), store.name_of(MANIFEST_NAME))
             roots = {
                 split: Root(content, manifest, split, store.name_of(root_name(split)))
                 for split, content in zip(SPLITS, contents[1:], strict=True)

@@ -23,7 +23,9 @@ def read_table(content: bytes | memoryview) -> pa.Table:
 def numbers(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
     """The values of an integer column without gaps; read-only, not copied where they lie in one piece."""
     # Not to_numpy, which imports pandas where there is one: a quarter of a second of CPU in every process.
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = column
+    if isinstance(column, pa.ChunkedArray):
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     dtype = np.dtype(f"{'i' if pa.types.is_signed_integer(array.type) else 'u'}{array.type.bit_width // 8}")
     if not len(array):
         return np.empty(0, dtype)
