@@ -167,17 +167,16 @@ def _make(wanted: Ingestion, place: _Place, files: Sequence[InputFile], steady: 
     hashed = steady.results("hashes", functools.partial(_hash_file, wanted.storage), list(unhashed))
     for text, file in unhashed.items():
         lineage[file] = InputRecord(path=file.name, num_bytes=file.num_bytes, sha256=hashed[text])
-    index = IndexWriter(store, job.facts)
-    names = set()
-    for plan in plans:
-        entry = entry_from_json(shards[plan])
-        split_of_entry: Split = "train" if entry.path.startswith("train/") else "held_out"
-        index.add(split_of_entry, entry)
-        names |= {entry.path, documents_name(entry.path)}
+    entries = [entry_from_json(shards[plan]) for plan in plans]
+    names = {name for entry in entries for name in (entry.path, documents_name(entry.path))}
     for split in SPLITS:
-        # What an earlier attempt left: shards of other options, half-written files.
+        # What an earlier attempt left: shards of other options, half-written files; parts of the index come after.
         for name in store.sizes(split).keys() - names:
             store.delete(name)
+    index = IndexWriter(store, job.facts)
+    for entry in entries:
+        split_of_entry: Split = "train" if entry.path.startswith("train/") else "held_out"
+        index.add(split_of_entry, entry)
     duplicates = report.dropped["duplicate"].documents if "duplicate" in report.dropped else 0
     manifest = index.finish(num_duplicates=duplicates, inputs=[lineage[file] for file in files])
     if wanted.steps.rows:

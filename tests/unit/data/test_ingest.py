@@ -18,6 +18,7 @@ from conf.errors import DataError
 from conf.schema import SourceConfig
 from data import ingest as ingest_module
 from data import units as units_module
+from data import writer as writer_module
 from data.forget import forget, shards_of
 from data.forget import main as forget_main
 from data.held_out import held_out_documents
@@ -252,9 +253,11 @@ def stream_over(run: Path, dataset: Dataset) -> Stream:
 
 
 def test_a_forgotten_document_is_gone_and_stays_gone(
-    wanted: Ingestion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wanted: Ingestion, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(writer_module, "PART_SHARDS", 2)
     before, _ = ingest(wanted)
+    assert before.num_shards("train") > before.part_shards("train") == 2
     rows = list(rows_of(before))
     trained = next(row for row in rows if row["split"] == "train" and row["id"] == "a.jsonl:25")
     judged = next(row for row in rows if row["split"] == "held_out")

@@ -10,6 +10,7 @@ import pytest
 from conftest import MakeDataset
 
 from conf.errors import DataError
+from data import writer as writer_module
 from data.index import Manifest, ShardEntry, identity_of, part_bytes, part_name, part_row, root_bytes, root_name
 from data.prepare import prepare
 from data.shards import Access, Dataset
@@ -99,6 +100,33 @@ def test_a_window_names_the_documents_it_covers(tmp_path: Path) -> None:
         assert [dataset.document("train", number).id for number in numbers] == expected
     assert dataset.document_ids("train", 0, lengths[0]) == ["doc0"]
     assert dataset.document_ids("train", lengths[0], 1) == ["doc1"]
+
+
+@pytest.mark.parametrize("part_shards", [1, 3])
+def test_the_index_may_be_in_parts_of_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_shards: int
+) -> None:
+    whole = write_dataset(tmp_path / "whole", 1500)
+    monkeypatch.setattr(writer_module, "PART_SHARDS", part_shards)
+    cut = write_dataset(tmp_path / "cut", 1500)
+    assert (cut.num_shards("train"), cut.part_shards("train")) == (8, part_shards)
+    assert cut.tokens("train", 0, 1500).tolist() == whole.tokens("train", 0, 1500).tolist()
+    assert all(map(np.array_equal, documents_of(cut), documents_of(whole)))
+    assert cut.document_ids("train", 0, 1500) == whole.document_ids("train", 0, 1500)
+    cut.check_stored()
+    (tmp_path / "cut/train/shards/00000007.arrow").unlink()
+    with pytest.raises(DataError, match=r"00000007\.arrow: missing shard"):
+        cut.check_stored()
+
+
+def test_parts_of_different_lengths_are_refused(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "set", 1500)
+    entries = entries_of(dataset)
+    parts = (entries[:3], entries[3:5], entries[5:])
+    root = root_bytes([part_row(part, part_bytes(part)) for part in parts])
+    (tmp_path / "set" / root_name("train")).write_bytes(root)
+    with pytest.raises(DataError, match=r"train/index\.parquet: a part before the last does not have 3 shards"):
+        Dataset.open(dataset.path)
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (0, 0), (0, 10**9), (10**9, 1)])
