@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.resume import BLOCK_TOKENS, write_index
+from bench.resume import BLOCK_TOKENS, SHARD_BLOCKS, write_index
 from conf.schema import ShuffleConfig
 from data.rows import RowReader
 from data.samples import StreamSpec
@@ -109,17 +109,23 @@ def test_two_thousand_readers_stay_inside_the_request_rate_of_a_prefix(
     num_steps = 8 * 1024  # windows of 32 blocks with 32 samples each; more than are worked out at once
     per_step = np.zeros(num_steps, np.int64)
     asked: list[int] = []
+    part_blocks = dataset.part_shards("train") * SHARD_BLOCKS
+    parts_at_start = 0
     for rank in some:
         reader = RowReader(Stream({"big": dataset}, spec), 0, rank, 1)
         for step in range(num_steps):
             reader.read_ahead(step)
             per_step[step] += len(requests)
+            parts_at_start += 0 if step else len({number // part_blocks for number in requests})
             asked += requests
             requests.clear()
     assert len(set(asked)) == len(asked), "a block is asked for once"
     per_second = per_step * (NUM_READERS / len(some)) / STEP_SECONDS
     start_up, busiest, mean = per_second[0], per_second[1:].max(), per_second[1:].mean()
-    print(f"GET/s: mean {mean:.1f}, busiest step {busiest:.0f}; at the start {per_step[0] / len(some):.0f} a reader")
+    blocks, parts = per_step[0] / len(some), parts_at_start / len(some)
+    print(
+        f"GET/s: mean {mean:.1f}, busiest step {busiest:.0f}; a reader's start: {blocks:.0f} blocks, {parts:.0f} parts"
+    )
     # 262,144 tokens a block, each read once; the first step asks for what is read ahead as well.
     assert mean < 1.1 * 2.3e6 / BLOCK_TOKENS
     assert busiest < GETS_PER_SECOND / 10
