@@ -57,8 +57,8 @@ class RowReader:
         """Whether these rows come next, or are the same again."""
         return (first_row, num_rows) == (self._first_row, self._num_rows) and 0 <= step - self._step <= 1
 
-    def begin(self) -> None:
-        """Read what the first step waits for, before all else and without its neighbours."""
+    def first_rows(self) -> Tokens:
+        """Rows of the first step, as `rows` gives them; its blocks are read without neighbours, and nothing ahead."""
         datasets = [source.dataset for source in self._order.sources]
         blocks: list[list[int]] = [[] for _ in datasets]
         for source, block in sorted(self._needed[0]):
@@ -68,6 +68,7 @@ class RowReader:
             dataset.expect("train", numbers)
         for dataset, numbers in zip(datasets, blocks, strict=True):
             dataset.fetch("train", numbers)
+        return _gathered(self._order, self._blocks[0], self._starts[0], self._held)
 
     def rows(self, step: int) -> Tokens:
         """Tokens of the rows of a step, shape (num_rows, sequence_length + 1).
