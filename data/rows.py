@@ -9,9 +9,8 @@ from data.index import GROUP_BLOCKS
 from data.order import Indices, distinct
 from data.samples import SampleOrder
 
-FIRST_SAMPLES, NEXT_SAMPLES = 1024, 4096
-"""Places are worked out for so many samples at once, which makes the arithmetic cheap; for fewer where reading begins,
-because somebody waits."""
+PLANNED_SAMPLES = 4096
+"""Places are worked out for about so many samples at once, which makes the arithmetic cheap."""
 
 Place = tuple[int, int]
 """A source, and the number of a block or of a group of blocks in it."""
@@ -21,7 +20,7 @@ class RowReader:
     """Rows [first_row, first_row + num_rows) of steps that follow one another; for use by one thread."""
 
     def __init__(self, order: SampleOrder, first_step: int, first_row: int, num_rows: int) -> None:
-        """Work out the first steps; reads nothing yet.
+        """Work out the first step; reads nothing yet.
 
         Args:
             order: of the samples.
@@ -51,27 +50,16 @@ class RowReader:
             ahead = (order.spec.shuffle.readahead_blocks + GROUP_BLOCKS) * source.dataset.block_bytes
             # A window is read from while the next is read ahead; a quarter more for lanes that begin theirs apart.
             source.dataset.keep(source.working_set_bytes(order.lanes_of(num_rows)) * 5 // 4 + ahead)
-        self._work_out(FIRST_SAMPLES)
+        self._work_out(num_steps=1)
 
     def goes_on(self, step: int, first_row: int, num_rows: int) -> bool:
         """Whether these rows come next, or are the same again."""
         return (first_row, num_rows) == (self._first_row, self._num_rows) and 0 <= step - self._step <= 1
 
-    def first_rows(self) -> Tokens:
-        """Rows of the first step, as `rows` gives them; its blocks are read without neighbours, and nothing ahead."""
-        datasets = [source.dataset for source in self._order.sources]
-        blocks: list[list[int]] = [[] for _ in datasets]
-        for source, block in sorted(self._needed[0]):
-            del self._groups[source, block // GROUP_BLOCKS][block]
-            blocks[source].append(block)
-        for dataset, numbers in zip(datasets, blocks, strict=True):
-            dataset.expect("train", numbers)
-        for dataset, numbers in zip(datasets, blocks, strict=True):
-            dataset.fetch("train", numbers)
-        return _gathered(self._order, self._blocks[0], self._starts[0], self._held)
-
     def rows(self, step: int) -> Tokens:
         """Tokens of the rows of a step, shape (num_rows, sequence_length + 1).
+
+        The first step is read alone, because somebody waits for it; from the next on it is read ahead.
 
         Args:
             step: one that `goes_on`.
@@ -79,7 +67,10 @@ class RowReader:
         Raises:
             DataError: a shard is missing or damaged.
         """
-        self.read_ahead(step)
+        if step == self._first_step:
+            self._begin()
+        else:
+            self.read_ahead(step)
         place = step - self._start
         return _gathered(self._order, self._blocks[place], self._starts[place], self._held)
 
@@ -87,16 +78,27 @@ class RowReader:
         """Ask for the blocks of a step, and of later ones within the budget."""
         self._step = step
         self._ahead = [first for first in self._ahead if first > step]
+        steps_at_once = max(1, PLANNED_SAMPLES // self._num_rows)
         while True:
             while self._asked - self._start < len(self._needed):
                 for source, block in self._needed[self._asked - self._start]:
                     if not self._ask(source, block):
                         return
                 self._asked += 1
-            # As far ahead as is worked out at once; not while the first step is waited for.
-            if self._asked - step > (0 if step == self._first_step else max(1, NEXT_SAMPLES // self._num_rows)):
+            if self._asked - step > steps_at_once:
                 return
-            self._work_out(NEXT_SAMPLES)
+            self._work_out(steps_at_once)
+
+    def _begin(self) -> None:
+        """Read the blocks of the first step."""
+        datasets = [source.dataset for source in self._order.sources]
+        blocks: list[list[int]] = [[] for _ in datasets]
+        for source, block in sorted(self._needed[0]):
+            blocks[source].append(block)
+        for dataset, numbers in zip(datasets, blocks, strict=True):
+            dataset.expect("train", numbers)
+        for dataset, numbers in zip(datasets, blocks, strict=True):
+            dataset.fetch("train", numbers)
 
     def _ask(self, source: int, block: int) -> bool:
         """Ask for a block and those of its group, unless that was done; False: there is no room for it yet."""
@@ -109,11 +111,11 @@ class RowReader:
             group.clear()
         return True
 
-    def _work_out(self, num_samples: int) -> None:
+    def _work_out(self, num_steps: int) -> None:
         """Add the places of further steps, when all blocks of those before were asked for; forget steps that passed."""
         order, rows = self._order, self._num_rows
         first = self._start + len(self._needed)
-        steps = np.arange(first, first + max(1, num_samples // rows), dtype=np.int64)
+        steps = np.arange(first, first + num_steps, dtype=np.int64)
         ids = steps[:, None] * order.spec.global_batch + np.arange(self._first_row, self._first_row + rows)
         sources, _, first_tokens = order.locate(ids.reshape(-1))
         blocks, starts = _places(order, sources, first_tokens)

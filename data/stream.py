@@ -67,18 +67,13 @@ class Stream(SampleOrder):
         return [self._batch(rows[row : row + micro], ids[row : row + micro]) for row in range(0, len(rows), micro)]
 
     def rows(self, step: int, first_row: int, num_rows: int) -> Tokens:
-        """Tokens of some rows of a step as they are stored, shape (num_rows, sequence_length + 1).
-
-        The step that is asked for first is read alone, because somebody waits; from the next on it is read ahead.
+        """Tokens of some rows of a step as they are stored, shape (num_rows, sequence_length + 1); reads ahead.
 
         Raises:
             DataError: a shard is missing or damaged.
         """
         reader = self._reader
-        if reader is None:
-            self._reader = RowReader(self, step, first_row, num_rows)
-            return self._reader.first_rows()
-        if not reader.goes_on(step, first_row, num_rows):
+        if reader is None or not reader.goes_on(step, first_row, num_rows):
             reader = self._reader = RowReader(self, step, first_row, num_rows)
         return reader.rows(step)
 

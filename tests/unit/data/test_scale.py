@@ -84,7 +84,9 @@ def test_each_data_rank_reads_few_blocks_and_no_two_the_same(big: Stream) -> Non
     steps = 64  # of 3 samples a lane, blocks hold 32: 192 of a window's 1024 samples
     owners: dict[int, int] = {}
     for rank in range(0, 1024, 128):
-        for block in np.unique(RowReader(big, 0, rank * 3, 3)._blocks[:steps]).tolist():
+        reader = RowReader(big, 0, rank * 3, 3)
+        reader._work_out(steps - 1)
+        for block in np.unique(reader._blocks).tolist():
             assert owners.setdefault(block, rank) == rank
     assert len(owners) <= 8 * 32
 
