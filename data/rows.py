@@ -80,12 +80,14 @@ class RowReader:
         self._ahead = [first for first in self._ahead if first > step]
         steps_at_once = max(1, PLANNED_SAMPLES // self._num_rows)
         while True:
-            while self._asked - self._start < len(self._needed):
+            end = self._start + len(self._needed)
+            # Not the last ones that are worked out: what lies beside their blocks may be needed soon after.
+            while self._asked < end and (self._asked <= step or self._asked < end - steps_at_once // 4):
                 for source, block in self._needed[self._asked - self._start]:
                     if not self._ask(source, block):
                         return
                 self._asked += 1
-            if self._asked - step > steps_at_once:
+            if end - step > steps_at_once:
                 return
             self._work_out(steps_at_once)
 
@@ -112,7 +114,7 @@ class RowReader:
         return True
 
     def _work_out(self, num_steps: int) -> None:
-        """Add the places of further steps, when all blocks of those before were asked for; forget steps that passed."""
+        """Add the places of further steps; forget those of steps that passed."""
         order, rows = self._order, self._num_rows
         first = self._start + len(self._needed)
         steps = np.arange(first, first + num_steps, dtype=np.int64)
@@ -125,7 +127,7 @@ class RowReader:
         used = set(distinct(self._blocks.reshape(-1)).tolist())
         self._held = {block: tokens for block, tokens in self._held.items() if block in used}
         self._needed = self._needed[passed:] + [[] for _ in steps]
-        self._groups.clear()
+        self._groups = {place: group for place, group in self._groups.items() if group}
         before, self._latest = self._latest, set()
         for sample, *place in order.blocks_of(sources, first_tokens):
             source, block = place
@@ -133,7 +135,7 @@ class RowReader:
             if (source, block) not in before:
                 step = first + sample // rows
                 self._needed[step - self._start].append((source, block))
-                self._groups.setdefault((source, block // GROUP_BLOCKS), {})[block] = step
+                self._groups.setdefault((source, block // GROUP_BLOCKS), {}).setdefault(block, step)
 
 
 def rows_of(order: SampleOrder, ids: Indices) -> Tokens:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from conf.errors import DataError
 from conf.schema import ShuffleConfig
+from data import rows as rows_module
 from data.batch import Batch, attended_length, positions_in_documents
 from data.index import GROUP_BLOCKS
 from data.samples import StreamSpec
@@ -104,6 +105,22 @@ def test_each_source_keeps_what_is_mixed_of_it_and_no_more(make_dataset: MakeDat
         stream.rows(step, 0, 12)
     for dataset in datasets.values():
         assert len(dataset._blocks) <= 2 * 8 * 5 // 4 + 4 + GROUP_BLOCKS
+
+
+def test_blocks_that_lie_together_are_read_together_wherever_places_are_worked_out(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "PLANNED_SAMPLES", 512)
+    dataset = make_dataset(num_documents=1000, block_tokens=512)
+    stream = stream_of({"one": dataset}, global_batch=12, shuffle=ShuffleConfig(lanes=4, window_blocks=4))
+    first = len(stream.blocks(0))
+    opened = dataset.store.counters.requests
+    for step in range(stream.samples_in_epoch("one") // 12):
+        stream.rows(step, 0, 12)
+    num_blocks = stream.samples_in_epoch("one") * LENGTH // 512
+    assert num_blocks > 80
+    # A group each, the blocks of the first step before, and a part of the index.
+    assert dataset.store.counters.requests - opened <= num_blocks // GROUP_BLOCKS + first + 1
 
 
 def test_steps_consume_consecutive_positions(two: dict[str, Dataset]) -> None:
