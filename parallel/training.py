@@ -111,7 +111,7 @@ class TrainingEngine(ForwardPasses, ABC):
             total[0] += adam.gather_gradients()
         for matching in self._matchings:
             total[2] += matching.loss
-        total[1] = float(stop)
+        total[1].fill_(float(stop))  # assigned, it would be a copy from the host, which waits
         if self._sharded.is_last and self.coordinate.tensor == 0:
             for part in sums:
                 values = [part.loss, part.num_tokens, *(part.metrics[name] for name in names)]
@@ -126,9 +126,8 @@ class TrainingEngine(ForwardPasses, ABC):
     def _weigh_router_losses(self, micro_batches: Sequence[Batch]) -> None:
         """Router losses are means over micro-batches, and gradients are divided by counted tokens: make up for it."""
         if self._totals is not None:
-            counted = torch.tensor(
-                float(sum(batch.loss_mask_BS.sum() for batch in micro_batches)), device=self._sharded.device
-            )
+            counted = torch.zeros((), device=self._sharded.device)
+            counted.fill_(float(sum(batch.loss_mask_BS.sum() for batch in micro_batches)))
             dist.all_reduce(counted, group=parallel_state.get_data_parallel_group())
             self._totals.begin_step(counted / (len(micro_batches) * self.mesh.data))
 
