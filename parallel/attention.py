@@ -21,7 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-from parallel.attention_kernel import TORCH_DECIDES, Kernel, attention_kernel
+from parallel.attention_kernel import HALF, TORCH_DECIDES, Kernel, attention_kernel
 from parallel.documents import Documents
 
 
@@ -110,6 +110,10 @@ def attend_causally(
     query_BHSD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scale: float, kernel: Kernel = TORCH_DECIDES
 ) -> Tensor:
     """Attention of S queries, the last of T tokens, to the keys that are not after them; query heads share keys."""
+    groups = query_BHSD.size(1) // key_BGTD.size(1)
+    if groups > 1 and query_BHSD.is_cuda and query_BHSD.dtype not in HALF:
+        # The one fused kernel that takes other precisions has no shared heads; torch would write out all scores.
+        key_BGTD, value_BGTD = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_BGTD, value_BGTD))
     same_length = query_BHSD.size(2) == key_BGTD.size(2)
     mask = None if same_length else causal_lower_right(query_BHSD.size(2), key_BGTD.size(2))
     with _by(kernel):
