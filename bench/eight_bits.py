@@ -40,12 +40,13 @@ Product = Callable[[Tensor], Tensor]
 
 def bf16_product(weight_NK: Tensor) -> Product:
     """Inputs (M, K) to outputs (M, N)."""
-    return lambda inputs_MK: inputs_MK @ weight_NK.t()
+    weight_KN = _in_place(weight_NK.t())
+    return lambda inputs_MK: inputs_MK @ weight_KN
 
 
 def int8_product(weight_NK: Tensor) -> Product:
     """The same, of INT8 values with scales."""
-    values_NK, scale_N1 = quantised_rows(weight_NK, "w8a8")
+    values_NK, scale_N1 = map(_in_place, quantised_rows(weight_NK, "w8a8"))
 
     def product(inputs_MK: Tensor) -> Tensor:
         largest_M1 = inputs_MK.abs().amax(dim=1, keepdim=True).float()
@@ -60,7 +61,7 @@ def int8_product(weight_NK: Tensor) -> Product:
 
 def fp8_product(weight_NK: Tensor) -> Product:
     """The same, of E4M3 values with scales."""
-    values_NK, scale_N1 = quantised_rows(weight_NK, "fp8")
+    values_NK, scale_N1 = map(_in_place, quantised_rows(weight_NK, "fp8"))
 
     def product(inputs_MK: Tensor) -> Tensor:
         largest_M1 = inputs_MK.abs().amax(dim=1, keepdim=True).float()
@@ -78,12 +79,18 @@ def fp8_product(weight_NK: Tensor) -> Product:
     return product
 
 
+def _in_place(tensor: Tensor) -> Tensor:
+    """A tensor that a graph of kernels reads where it is; else it would copy it in every call, as long as the layer."""
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
 PRODUCTS = {"bf16": bf16_product, "int8": int8_product, "fp8": fp8_product}
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer; `forward` takes the hidden states of new tokens and the keys and values of those before."""
+    """One layer; `forward` takes hidden states of new tokens and a cache of keys and values with room for them."""
 
     products: dict[str, Product]
 
@@ -94,7 +101,8 @@ class Layer:
         heads_BHSC = qkv_MN.view(rows, length, HEADS + 2 * KV_HEADS, HEAD).transpose(1, 2)
         query, key, value = heads_BHSC.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
         if keys_BHSC is not None and values_BHSC is not None:
-            key, value = torch.cat((keys_BHSC, key), dim=2), torch.cat((values_BHSC, value), dim=2)
+            keys_BHSC[:, :, -length:], values_BHSC[:, :, -length:] = key, value
+            key, value = keys_BHSC, values_BHSC
         mixed_BHSC = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=keys_BHSC is None, enable_gqa=True
         )
@@ -139,15 +147,16 @@ def milliseconds(calls: dict[str, Callable[[], object]]) -> dict[str, tuple[floa
 
 def calls_of(layers: dict[str, Layer], rows: int, length: int, cached: int) -> dict[str, Callable[[], object]]:
     """A compiled forward pass of each layer on the same inputs."""
-    hidden_BSD = torch.randn(rows, length, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    past = [None, None]
+    hidden_BSD = _in_place(torch.randn(rows, length, HIDDEN, device="cuda", dtype=torch.bfloat16))
+    cache: list[Tensor | None] = [None, None]
     if cached:
-        past = [torch.randn(rows, KV_HEADS, cached, HEAD, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        shape = (rows, KV_HEADS, cached + length, HEAD)
+        cache = [_in_place(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for _ in range(2)]
     calls: dict[str, Callable[[], object]] = {}
     for name, layer in layers.items():
         # A graph of kernels: decoding would measure Python otherwise.
         forward = torch.compile(layer.forward, mode="reduce-overhead", dynamic=False)
-        calls[name] = lambda forward=forward: forward(hidden_BSD, *past)
+        calls[name] = lambda forward=forward: forward(hidden_BSD, *cache)
     return calls
 
 

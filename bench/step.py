@@ -10,10 +10,11 @@ measured in the same run, memory, and where our step's time goes.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -123,24 +124,31 @@ def matmul_ceiling() -> float:
     return 2.0 * rows * inner * columns / seconds
 
 
-def one_after_the_other(names: Sequence[str], num_steps: int) -> list[Result]:
-    """For a GPU, which has memory for one."""
-    results = []
+def one_after_the_other(names: Sequence[str], num_steps: int) -> Iterator[Result]:
+    """For a GPU, which has memory for one. One that fails, as a peer may that does not fit, is told and left out."""
     for name in names:
+        torch._dynamo.reset()
+        gc.collect()  # hooks and parameters of the one before refer to each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        step = contenders()[name]()
-        loss = step()
-        step()
-        seconds = [time_step(step) for _ in range(num_steps)]
-        results.append(Result(name=name, seconds=seconds, loss=loss, memory_bytes=torch.cuda.max_memory_allocated()))
-        if name == "ours":
-            print(kernel_table(step))
-        del step
-    return results
+        try:
+            yield _alone(name, num_steps)
+        except Exception as error:
+            print(f"| {name} | failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]} |", flush=True)
 
 
-def taking_turns(names: Sequence[str], num_steps: int) -> list[Result]:
+def _alone(name: str, num_steps: int) -> Result:
+    step = contenders()[name]()
+    loss = step()
+    step()
+    seconds = [time_step(step) for _ in range(num_steps)]
+    memory_bytes = torch.cuda.max_memory_allocated()
+    if name == "ours":
+        print(kernel_table(step))
+    return Result(name=name, seconds=seconds, loss=loss, memory_bytes=memory_bytes)
+
+
+def taking_turns(names: Sequence[str], num_steps: int) -> Iterator[Result]:
     """For a CPU: each round is a step of every contender, in turning order."""
     steps = {name: contenders()[name]() for name in names}
     losses = {name: step() for name, step in steps.items()}
@@ -150,7 +158,8 @@ def taking_turns(names: Sequence[str], num_steps: int) -> list[Result]:
         for name in [*names[turn:], *names[:turn]]:
             seconds[name].append(time_step(steps[name]))
     print(kernel_table(steps["ours"]))
-    return [Result(name=name, seconds=seconds[name], loss=losses[name], memory_bytes=None) for name in names]
+    for name in names:
+        yield Result(name=name, seconds=seconds[name], loss=losses[name], memory_bytes=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -167,20 +176,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"product of matrices {ceiling / 1e12:.3g} TFLOP/s")
     if importlib.util.find_spec("torchtitan") is None:
         print("torchtitan: not installed: pip install torchtitan")
-    results = (one_after_the_other if ON_GPU else taking_turns)(given.only, given.steps)
     tokens = NUM_MICRO_BATCHES * SHAPE.max_sequence_length
     flops = tokens * SHAPE.train_flops_per_token(SHAPE.max_sequence_length)
-    by_name = {result.name: result for result in results}
-    print("| | ms a step | to ours alike, paired | tokens/s | TFLOP/s | of the product | memory GiB | first loss |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for result in results:
+    found: dict[str, Result] = {}
+    for result in (one_after_the_other if ON_GPU else taking_turns)(given.only, given.steps):
+        if not found:
+            print("| | ms a step | to ours alike, paired | tokens/s | TFLOP/s | of the product | memory GiB | loss |")
+            print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        found[result.name] = result
         alike = NOT_COMPILED if result.name in UNCOMPILED else "ours"
-        paired = result.over(by_name.get(alike, results[0]))
+        paired = result.over(found.get(alike, next(iter(found.values()))))
         rate = flops / result.median
         memory = "-" if result.memory_bytes is None else f"{result.memory_bytes / 2**30:.1f}"
         print(
             f"| {result.name} | {1e3 * result.median:.0f} | {paired:.2f} | {tokens / result.median:,.0f} "
-            f"| {rate / 1e12:.3g} | {100 * rate / ceiling:.0f} % | {memory} | {result.loss:.3f} |"
+            f"| {rate / 1e12:.3g} | {100 * rate / ceiling:.0f} % | {memory} | {result.loss:.3f} |",
+            flush=True,
         )
     groups.shut_down()
 
