@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +15,10 @@ from data.batch import Batch, positions_in_documents
 from parallel import offload
 from parallel.mesh import Mesh
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("world"),
+]
 
 MODEL = dense_model(
     name="small",
@@ -40,17 +41,6 @@ def engine_config(precision: str, **changes: object) -> EngineConfig:
 def batch() -> Batch:
     (one,) = random_batches(MODEL, count=1, rows=2, tokens=256)
     return one
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    from parallel import groups
-
-    meeting: Path = tmp_path_factory.mktemp("world") / "store"
-    groups.open_world(torch.distributed.FileStore(str(meeting), 1), rank=0, world_size=1)
-    groups.enter_mesh(MESH)
-    yield
-    groups.shut_down()
 
 
 def packed_batch() -> Batch:
@@ -262,6 +252,20 @@ def test_attention_kernel_is_causal_attention(num_queries):
     seen = places[None, :] <= places[512 - num_queries :, None]
     expected = scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
     torch.testing.assert_close(output.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_scores_of_a_whole_row_are_never_there_in_float32():
+    """Whose fused kernel has no shared key-value heads: the scores of these rows would take 2 GiB."""
+    from parallel.attention import attend_causally
+    from parallel.attention_kernel import attention_kernel
+
+    query = torch.randn(1, 8, 8192, 64, device="cuda", requires_grad=True)
+    key, value = (torch.randn(1, 2, 8192, 64, device="cuda", requires_grad=True) for _ in range(2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend_causally(query, key, value, 0.125, attention_kernel()).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 2**28
+    assert key.grad.shape == key.shape
 
 
 @pytest.mark.parametrize("context", [1, 2])

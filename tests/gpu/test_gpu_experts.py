@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from test_gpu_engine import MESH, MODEL, batch, engine_config
 
 from bench.settings import OPTIM
@@ -35,20 +34,17 @@ def test_grouped_kernel_is_one_product_after_the_other(ends):
     torch.testing.assert_close(grouped_linear(tokens, weights, torch.tensor(ends)), expected, rtol=2e-2, atol=1e-1)
 
 
-def test_mixture_in_bf16_follows_fp32_and_learns_its_batch_by_heart(tmp_path):
-    from parallel import groups
+@pytest.mark.usefixtures("world")
+def test_mixture_in_bf16_follows_fp32_and_learns_its_batch_by_heart():
     from parallel.engine import make_engine
     from parallel.initial import InitialWeights
     from parallel.loss import CrossEntropy
 
-    groups.open_world(dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    groups.enter_mesh(MESH)
     losses = {}
     for precision in ("fp32", "bf16"):
         engine = make_engine(MIXTURE, engine_config(precision), OPTIM, MESH, micro_batch=2)
         engine.load_weights(InitialWeights(MIXTURE, 0))
         losses[precision] = [engine.step([batch()], CrossEntropy(), learning_rate=1e-3).loss for _ in range(8)]
         engine.close()
-    groups.shut_down()
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02)
     assert losses["bf16"][-1] < losses["bf16"][0] - 0.5
