@@ -14,6 +14,7 @@ from conf.errors import DataError
 from conf.schema import StorageConfig
 from data.corpora import is_shipped
 from data.documents import documents, input_files, normalised
+from data.held_out import texts_in_place
 from data.index import MANIFEST_NAME
 from data.shards import Access, Dataset
 from data.storage import Store
@@ -67,7 +68,8 @@ def evaluation_texts(locations: Sequence[str], tokenizer: Tokenizer, storage: St
                 f"{location}: made with another tokenizer, so its held-out documents cannot be read back. "
                 "Give their text to --decontaminate, or prepare with that tokenizer."
             )
-        found = (dataset.document("held_out", number) for number in range(dataset.num_documents("held_out")))
-        texts += [tokenizer.decode(document.tokens[:-1]) for document in found]
+        found = dataset.places("held_out", range(dataset.num_documents("held_out")))
+        ranges = [(document.first_token, document.num_tokens) for document in found]
+        texts += [tokenizer.decode(tokens[:-1]) for _, tokens in texts_in_place(dataset, "held_out", ranges)]
         dataset.close()
     return texts

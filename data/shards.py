@@ -33,7 +33,7 @@ from data.index import (
 )
 from data.storage import MissingObjectError, Store
 from data.stored import check_stored
-from data.tables import read_table
+from data.tables import numbers, read_table
 from data.tier import Tier
 
 CACHE_BYTES = 64 << 20
@@ -54,6 +54,16 @@ class TokenDocument:
     number: int
     id: str
     tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentPlace:
+    """Where a document is: tokens [first_token, first_token + num_tokens) of its split; number and id as above."""
+
+    number: int
+    id: str
+    first_token: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,17 +242,36 @@ class Dataset:
             DataError: a shard is missing or damaged.
             IndexError: there is no such document.
         """
-        if not 0 <= number < self.num_documents(split):
-            raise IndexError(f"document {number} of {self.num_documents(split)} in {split}")
+        (place,) = self.places(split, [number])
+        return TokenDocument(number, place.id, self.tokens(split, place.first_token, place.num_tokens))
+
+    def places(self, split: Split, documents: Sequence[int]) -> list[DocumentPlace]:
+        """Where documents are, by their numbers and in the order of these; the table of each shard is read once.
+
+        Raises:
+            DataError: a table is missing or damaged.
+            IndexError: there is no such document.
+        """
+        wanted = np.asarray(documents, np.int64)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.num_documents(split):
+            raise IndexError(f"documents {wanted.min()} to {wanted.max()} of {self.num_documents(split)} in {split}")
+        found: dict[int, DocumentPlace] = {}
         first_of_parts = self._roots[split].first_document
-        part_number = int(np.searchsorted(first_of_parts, number, side="right")) - 1
-        part = self.part(split, part_number)
-        inside = number - int(first_of_parts[part_number])
-        shard = int(np.searchsorted(part.first_document, inside, side="right")) - 1
-        table = self.documents(split, part_number * self.part_shards(split) + shard)
-        row = table.column("number").to_pylist().index(number)
-        first, count = (int(table.column(name)[row].as_py()) for name in ("first_token", "num_tokens"))
-        return TokenDocument(number, table.column("id")[row].as_py(), self.tokens(split, first, count))
+        for number in np.sort(wanted).tolist():
+            if number in found:
+                continue
+            part_number = int(np.searchsorted(first_of_parts, number, side="right")) - 1
+            part, before = self.part(split, part_number), int(first_of_parts[part_number])
+            shard = int(np.searchsorted(part.first_document, number - before, side="right")) - 1
+            table = self.documents(split, part_number * self.part_shards(split) + shard)
+            # Those that begin in this shard: rows follow one another, after those that began before.
+            here = wanted[(wanted >= number) & (wanted < before + int(part.first_document[shard + 1]))]
+            rows = here - int(numbers(table.column("number"))[0])
+            ids, firsts, counts = (table.column(name) for name in ("id", "first_token", "num_tokens"))
+            for document, row in zip(here.tolist(), rows.tolist(), strict=True):
+                place = DocumentPlace(document, ids[row].as_py(), firsts[row].as_py(), counts[row].as_py())
+                found[document] = place
+        return [found[number] for number in wanted.tolist()]
 
     def document_ids(self, split: Split, start: int, count: int) -> list[str]:
         """Names of the documents that tokens [start, start + count) are of, in order.
@@ -263,9 +292,11 @@ class Dataset:
         size = self.manifest.block_tokens * self.manifest.shard_blocks
         ids: dict[int, str] = {}
         for shard in range(start // size, (start + count - 1) // size + 1):
-            for row in self.documents(split, shard).to_pylist():
-                if row["first_token"] < start + count and row["first_token"] + row["num_tokens"] > start:
-                    ids[row["number"]] = row["id"]
+            table = self.documents(split, shard)
+            firsts, counts = numbers(table.column("first_token")), numbers(table.column("num_tokens"))
+            rows = np.flatnonzero((firsts < start + count) & (firsts + counts > start))
+            for row in rows.tolist():
+                ids[table.column("number")[row].as_py()] = table.column("id")[row].as_py()
         return {number: ids[number] for number in sorted(ids)}
 
     def documents(self, split: Split, shard: int) -> pa.Table:
@@ -277,10 +308,13 @@ class Dataset:
         part, inside = self.part_of(split, shard)
         entry = part.entry(inside)
         name = documents_name(entry.path)
-        content = bytes(self.store.read(name))
-        if hashlib.sha256(content).digest() != entry.documents_sha256:
-            raise DataError(f"{self.store.name_of(name)}: another sha256 than the index says. Copy it again.")
-        return read_table(content)
+
+        def table(content: memoryview) -> pa.Table:
+            if hashlib.sha256(content).digest() != entry.documents_sha256:
+                raise DataError(f"{self.store.name_of(name)}: another sha256 than the index says. Copy it again.")
+            return read_table(content)
+
+        return self.reader.parsed(name, entry.documents_sha256.hex(), table)
 
     def part_shards(self, split: Split) -> int:
         """Shards of a part of a split's index, but for the last, which may have fewer."""

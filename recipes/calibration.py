@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from conf.errors import DataError
 from conf.schema import CalibrationConfig, EvaluateStage, RunConfig
 from data.batch import Batch
-from data.held_out import held_out_documents
+from data.held_out import held_out_documents, texts_in_place
+from data.index import Split
 from data.order import key_of
 from data.samples import StreamSpec
-from data.shards import Dataset, TokenDocument
+from data.shards import Dataset
 from data.stream import Stream
 from parallel.mesh import Coordinate, Mesh
 from recipes.stage import StageInput
@@ -29,7 +30,9 @@ def calibration_batches(
     stream = _stream(given, config, use=use)
 
     def read() -> list[Batch]:
-        refuse_overlap(given.context.config, given.datasets, stream)
+        # By one for all: it reads all that is evaluated on.
+        if given.context.is_first:
+            refuse_overlap(given.context.config, given.datasets, stream)
         return stream.batches(0, place.data, mesh.data)
 
     return given.reading.of_all_ranks(read)
@@ -72,28 +75,33 @@ def refuse_overlap(config: RunConfig, datasets: Mapping[str, Dataset], stream: S
     Raises:
         DataError: names the document.
     """
-    judged = {digest_of(document): f"{source}: {document.id}" for source, document in _evaluated(config, datasets)}
+    judged = dict(_evaluated(config, datasets))
+    calibrated: dict[str, set[int]] = {}
     for sample in stream.samples(stream.sample_ids(0)):
-        dataset, length = datasets[sample.source], stream.spec.sequence_length
-        for number in dataset.document_numbers("train", sample.first_token, length + 1):
-            document = dataset.document("train", number)
-            if digest_of(document) in judged:
+        numbers = datasets[sample.source].document_numbers("train", sample.first_token, stream.spec.sequence_length + 1)
+        calibrated.setdefault(sample.source, set()).update(numbers)
+    for source, numbers in calibrated.items():
+        for digest, document in _digests(datasets[source], "train", sorted(numbers)):
+            if digest in judged:
                 raise DataError(
-                    f"calibration document {sample.source}: {document.id} is also evaluated on, as "
-                    f"{judged[digest_of(document)]} (equal hashes): scores would be flattered. Prepare the calibration "
-                    "source without it, or name another source."
+                    f"calibration document {source}: {document} is also evaluated on, as {judged[digest]} (equal "
+                    "hashes): scores would be flattered. Prepare the calibration source without it, or name another "
+                    "source."
                 )
 
 
-def _evaluated(config: RunConfig, datasets: Mapping[str, Dataset]) -> Iterator[tuple[str, TokenDocument]]:
+def _evaluated(config: RunConfig, datasets: Mapping[str, Dataset]) -> Iterator[tuple[bytes, str]]:
     for stage in (config.stages[name] for name in config.order):
         if isinstance(stage, EvaluateStage):
             for source in stage.sources:
-                for document in held_out_documents(datasets[source], stage.tokens):
-                    # The last one may be cut; equal documents are equal whole.
-                    yield source, datasets[source].document("held_out", document.number)
+                numbers = [document.number for document in held_out_documents(datasets[source], stage.tokens)]
+                for digest, document in _digests(datasets[source], "held_out", numbers):
+                    yield digest, f"{source}: {document}"
 
 
-def digest_of(document: TokenDocument) -> bytes:
-    """Hash of a document's tokens."""
-    return hashlib.blake2b(document.tokens.astype("<u4").tobytes(), digest_size=16).digest()
+def _digests(dataset: Dataset, split: Split, numbers: Sequence[int]) -> Iterator[tuple[bytes, str]]:
+    """Hash of the tokens of each document, whole, and its name."""
+    documents = dataset.places(split, numbers)
+    ranges = [(document.first_token, document.num_tokens) for document in documents]
+    for place, tokens in texts_in_place(dataset, split, ranges):
+        yield hashlib.blake2b(tokens.tobytes(), digest_size=16).digest(), documents[place].id

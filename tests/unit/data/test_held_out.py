@@ -5,7 +5,7 @@ import pytest
 from conftest import MakeDataset
 
 from data.held_out import PADDING_ID, held_out_batches, held_out_documents
-from data.shards import Dataset
+from data.shards import Access, Dataset
 
 
 def scored_text(dataset: Dataset, data_size: int, **settings: int) -> dict[int, list[int]]:
@@ -27,7 +27,10 @@ def test_every_token_of_the_chosen_documents_is_scored_once(
     dataset = make_dataset()
     text = scored_text(dataset, data_size, tokens=tokens, sequence_length=16, micro_batch=4)
     assert text.pop(PADDING_ID, []) == []
-    expected = {document.number: document.tokens.tolist() for document in held_out_documents(dataset, tokens)}
+    expected = {
+        document.number: dataset.tokens("held_out", document.first_token, document.num_tokens).tolist()
+        for document in held_out_documents(dataset, tokens)
+    }
     assert text == expected
     assert sum(map(len, text.values())) == min(tokens, dataset.num_tokens("held_out"))
 
@@ -37,7 +40,7 @@ def test_only_the_last_document_is_cut_and_more_tokens_add_to_the_same_documents
     few, many = held_out_documents(dataset, 150), held_out_documents(dataset, 400)
     assert [document.number for document in few] == [document.number for document in many][: len(few)]
     for document in few[:-1]:
-        assert document.tokens[-1] == dataset.end_of_text_id
+        assert dataset.tokens("held_out", document.first_token + document.num_tokens - 1, 1) == dataset.end_of_text_id
     everything = held_out_documents(dataset, 10**6)
     assert sorted(document.number for document in everything) == list(range(dataset.num_documents("held_out")))
 
@@ -60,10 +63,25 @@ def test_rows_follow_one_another_from_end_of_text(make_dataset: MakeDataset) -> 
     dataset = make_dataset()
     (document, *_) = held_out_documents(dataset, 10**6)
     (batch, *_) = held_out_batches(dataset, tokens=10**6, sequence_length=8, micro_batch=2)
-    assert batch.tokens_BS[0].tolist() == [dataset.end_of_text_id, *document.tokens[:7].tolist()]
-    assert batch.labels_BS[0].tolist() == document.tokens[:8].tolist()
-    assert batch.tokens_BS[1][0] == document.tokens[7]
+    tokens = dataset.document("held_out", document.number).tokens.tolist()
+    assert batch.tokens_BS[0].tolist() == [dataset.end_of_text_id, *tokens[:7]]
+    assert batch.labels_BS[0].tolist() == tokens[:8]
+    assert batch.tokens_BS[1][0] == tokens[7]
     assert np.array_equal(batch.position_ids_BS, [range(8)] * 2)
+
+
+def test_a_rank_reads_each_table_and_each_block_of_its_share_once(make_dataset: MakeDataset) -> None:
+    made = make_dataset(num_documents=600)
+    num_blocks = -(-made.num_tokens("held_out") // made.manifest.block_tokens)
+    num_tables, num_kept = made.num_shards("held_out"), num_blocks // 2
+    dataset = Dataset.open(made.path, Access(cache_bytes=num_kept * made.block_bytes))
+    opened = dataset.store.counters.requests
+    held_out_batches(dataset, tokens=10**6, sequence_length=64, micro_batch=1)
+    # With a part of the index.
+    whole = dataset.store.counters.requests - opened
+    assert whole <= 1 + num_tables + num_blocks
+    held_out_batches(dataset, tokens=2000, sequence_length=64, micro_batch=1, data_rank=3, data_size=64)
+    assert dataset.store.counters.requests - opened - whole <= num_tables + 2
 
 
 def test_no_tokens_is_refused(make_dataset: MakeDataset) -> None:

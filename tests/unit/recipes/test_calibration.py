@@ -1,6 +1,5 @@
 """Calibration text is never text that models are judged by."""
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,31 +8,10 @@ from check_samples import rehearsal
 
 from conf.errors import DataError
 from data.samples import Sample
-from data.shards import TokenDocument
+from data.shards import Dataset
+from data.storage import Store
+from data.writer import DatasetFacts, DatasetWriter
 from recipes.calibration import refuse_overlap
-
-DOCUMENTS = [np.arange(start, start + 40, dtype=np.uint16) for start in (0, 100, 200)]
-
-
-@dataclass
-class Corpus:
-    """As much of a Dataset as calibration looks at: equal documents in both splits where they are named so."""
-
-    held_out: list[int]
-    path: str = "here"
-
-    def num_tokens(self, split):
-        return 120
-
-    def num_documents(self, split):
-        return len(self.held_out)
-
-    def document(self, split, number):
-        place = number if split == "train" else self.held_out[number]
-        return TokenDocument(number, f"{split}-{number}", DOCUMENTS[place])
-
-    def document_numbers(self, split, start, count):
-        return range(start // 40, (start + count - 1) // 40 + 1)
 
 
 class Windows:
@@ -48,17 +26,28 @@ class Windows:
         return [Sample(int(number), "business", 0, 16 * int(number)) for number in ids]
 
 
-def overlap(held_out):
+def overlap(path, held_out):
+    """Three documents of 40 tokens to train on, and one that is held out, each named by its first token."""
+    facts = DatasetFacts(
+        tokenizer_sha256="0" * 64,
+        vocab_size=500,
+        end_of_text_id=0,
+        held_out_fraction=0.1,
+        block_tokens=32,
+        shard_blocks=2,
+    )
+    writer = DatasetWriter(Store.open(path), facts)
+    for split, first in [("train", 1), ("train", 101), ("train", 201), ("held_out", held_out)]:
+        writer.add(split, f"{split}-{first}", "here", np.arange(first, first + 39))
+    writer.finish(num_duplicates=0, inputs=[])
     config = rehearsal(order=("specialise", "prune", "evaluate"), stages__evaluate__sources=("business",))
-    datasets = {"business": Corpus(held_out)}
-    refuse_overlap(config, datasets, Windows())
+    refuse_overlap(config, {"business": Dataset.open(path)}, Windows())
 
 
-def test_a_document_that_is_also_evaluated_on_is_refused_by_hash():
-    with pytest.raises(DataError, match=r"business: train-1 is also evaluated on, as business: held_out-0"):
-        overlap([1])
+def test_a_document_that_is_also_evaluated_on_is_refused_by_hash(tmp_path):
+    with pytest.raises(DataError, match=r"business: train-101 is also evaluated on, as business: held_out-101"):
+        overlap(tmp_path, 101)
 
 
-def test_other_documents_pass():
-    DOCUMENTS.append(np.arange(300, 340, dtype=np.uint16))
-    overlap([3])
+def test_other_documents_pass(tmp_path):
+    overlap(tmp_path, 301)
