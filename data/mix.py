@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from data.order import Indices, distinct, key_of, mixed
 
-MAX_BLOCK = 1024
+MAX_BLOCK = 1 << 14
+"""Weights of up to four decimals that add up to 1 are exact."""
 PERIOD = 4096
 """The pattern of sources repeats after at least so many positions."""
 
@@ -35,12 +36,15 @@ class Mixture:
         """Blocks are the smallest that hold the weights exactly, or of `MAX_BLOCK` samples with the weights rounded.
 
         Raises:
-            ValueError: there are no weights, or one is not above 0.
+            ValueError: there are no weights or more than `MAX_BLOCK`, or one is not above 0.
         """
         if not weights or not all(0 < weight < math.inf for weight in weights.values()):
             raise ValueError(f"mixture {dict(weights)}: it must name at least one source, each with a weight above 0")
+        if len(weights) > MAX_BLOCK:
+            raise ValueError(f"mixture of {len(weights)} sources: there may be {MAX_BLOCK}. Join some of them.")
         self.names = tuple(sorted(weights))
-        self.counts = _block_counts([Fraction(str(weights[name])) for name in self.names])
+        counts = block_counts(weights)
+        self.counts = tuple(counts[name] for name in self.names)
         self.num_lanes = num_lanes
         block = sum(self.counts)
         orders = -(-PERIOD // (block * num_lanes))
@@ -51,17 +55,17 @@ class Mixture:
         turn = np.arange(num_lanes) // (num_lanes // math.gcd(block, num_lanes))
         places = (np.arange(block) + turn[:, None]) % block
         order = np.argsort(words, axis=2, kind="stable")
-        sources = np.repeat(np.arange(len(self.names)), self.counts)
-        self._sources = sources[np.take_along_axis(order, places[None], axis=2)].reshape(-1)
-        by_lane = self._sources.reshape(-1, num_lanes)
-        earlier = np.zeros_like(by_lane)
-        totals = []
-        for source in range(len(self.names)):
-            so_far = np.cumsum(by_lane == source, axis=0)
-            earlier = np.where(by_lane == source, so_far - 1, earlier)
-            totals.append(so_far[-1])
-        self._earlier = earlier.reshape(-1)
-        self.lane_counts: Indices = np.stack(totals, axis=1).astype(np.int64)
+        sources = np.repeat(np.arange(len(self.names), dtype=np.uint16), self.counts)
+        by_lane = sources[np.take_along_axis(order, places[None], axis=2)].reshape(-1, num_lanes)
+        lane_counts = np.bincount(by_lane[:, 0], minlength=len(self.names))
+        # Each lane has the same sources as often: sorted, those of one source are at the same places in every lane.
+        numbers = np.arange(len(by_lane)) - np.repeat(np.cumsum(lane_counts) - lane_counts, lane_counts)
+        earlier = np.empty(by_lane.shape, np.int32)
+        np.put_along_axis(
+            earlier, np.argsort(by_lane, axis=0, kind="stable"), numbers.astype(np.int32)[:, None], axis=0
+        )
+        self._sources, self._earlier = by_lane.reshape(-1), earlier.reshape(-1)
+        self.lane_counts: Indices = np.tile(lane_counts.astype(np.int64), (num_lanes, 1))
 
     @property
     def block(self) -> int:
@@ -78,7 +82,7 @@ class Mixture:
             For each position the source (its place in `names`) and how many samples of that source its lane had before.
         """
         periods, inside = np.divmod(positions, self._period)
-        sources = self._sources[inside]
+        sources = self._sources[inside].astype(np.int64)
         return sources, periods * self.lane_counts[inside % self.num_lanes, sources] + self._earlier[inside]
 
     def counts_before(self, position: int) -> Indices:
@@ -172,15 +176,17 @@ def num_lanes_of(global_batch: int, most: int) -> int:
     return max(lanes for lanes in range(1, min(most, global_batch) + 1) if global_batch % lanes == 0)
 
 
-def _block_counts(weights: list[Fraction]) -> tuple[int, ...]:
-    shares = [weight / sum(weights) for weight in weights]
+def block_counts(weights: Mapping[str, float]) -> dict[str, int]:
+    """Samples of each source in a block that holds the weights, exactly where one of up to `MAX_BLOCK` samples does."""
+    exact = [Fraction(str(weight)) for weight in weights.values()]
+    total = sum(exact)
+    shares = [weight / total for weight in exact]
     block = math.lcm(*(share.denominator for share in shares))
-    if block <= MAX_BLOCK:
-        return tuple(int(share * block) for share in shares)
-    return _rounded(shares, MAX_BLOCK)
+    counts = [int(share * block) for share in shares] if block <= MAX_BLOCK else _rounded(shares, MAX_BLOCK)
+    return dict(zip(weights, counts, strict=True))
 
 
-def _rounded(shares: list[Fraction], block: int) -> tuple[int, ...]:
+def _rounded(shares: list[Fraction], block: int) -> list[int]:
     """Whole numbers near `shares * block` that add up to `block`, none of them 0; largest remainders are rounded up."""
     counts = [max(1, int(share * block)) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda place: counts[place] - shares[place] * block)
@@ -188,4 +194,4 @@ def _rounded(shares: list[Fraction], block: int) -> tuple[int, ...]:
         counts[by_remainder.pop(0)] += 1
     while sum(counts) > block:
         counts[counts.index(max(counts))] -= 1
-    return tuple(counts)
+    return counts

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 from conf.errors import Problem
 from conf.schema import DiskTierConfig, MemoryTierConfig, RedisTierConfig, RunConfig, TrainingConfig
 from data.kafka import is_topic
-from data.mix import num_lanes_of
+from data.mix import block_counts, num_lanes_of
 from data.storage import SCHEMES
+from data.stream import mixtures_of
 from data.writer import BLOCK_TOKENS
 from recipes.machine import Machine
 from recipes.rules_layout import trainings_of
@@ -18,6 +19,8 @@ from recipes.rules_place import PLACEHOLDER
 from train.quantities import byte_size
 
 Rule = Callable[[RunConfig, Machine], Iterator[Problem]]
+ROUNDED = 0.01
+"""Share of a weight that it may be rounded by in silence."""
 LEAST_WINDOW_BLOCKS = 20
 """Neighbours are then 0.95 as far apart as in a uniform shuffle."""
 
@@ -96,7 +99,7 @@ def tiers_are_caches(config: RunConfig, machine: Machine) -> Iterator[Problem]:
 def mixture_changes_ascend(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Mixtures follow one another at different steps."""
     for name, training in trainings_of(config).items():
-        steps = [0, *(int(change.from_fraction * training.num_steps) for change in training.mixture_changes)]
+        steps = [step for step, _ in mixtures_of(training)]
         if steps != sorted(set(steps)):
             yield Problem(
                 f"stages.{name}.training.mixture_changes",
@@ -122,5 +125,20 @@ def shuffling_is_wide(config: RunConfig, machine: Machine) -> Iterator[Problem]:
             return
 
 
+def mixtures_are_held(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """Sources get the shares their weights ask for; weights that are wide apart are rounded."""
+    for name, training in trainings_of(config).items():
+        for step, weights in mixtures_of(training):
+            counts, total = block_counts(weights), sum(weights.values())
+            for source, count in counts.items():
+                given, wanted = count / sum(counts.values()), weights[source] / total
+                if abs(given / wanted - 1) > ROUNDED:
+                    yield Problem(
+                        f"stages.{name}.training.{'mixture_changes' if step else 'mixture'}",
+                        f"asks for {wanted:.3g} of '{source}' and gives {given:.3g}: weights are held in blocks of "
+                        f"{sum(counts.values())} samples. Give it another weight, or join it with another source.",
+                    )
+
+
 RULES: tuple[Rule, ...] = (schemes_are_known, tiers_hold_the_working_set, tiers_are_caches, mixture_changes_ascend)
-WARNINGS: tuple[Rule, ...] = (shuffling_is_wide,)
+WARNINGS: tuple[Rule, ...] = (shuffling_is_wide, mixtures_are_held)

@@ -37,6 +37,18 @@ def test_proportions_are_the_weights(weights: dict[str, float]) -> None:
         assert count * sum(weights.values()) == pytest.approx(weights[name] * mixture.block, rel=1e-12)
 
 
+def test_weights_of_four_decimals_are_exact() -> None:
+    assert mixture_of({"a": 0.9999, "b": 0.0001}, num_lanes=4).counts == (9999, 1)
+    assert mixture_of({"a": 0.5, "b": 0.4985, "c": 0.0015}).counts == (1000, 997, 3)
+
+
+def test_many_sources_all_have_their_share() -> None:
+    names = [f"source {number}" for number in range(2000)]
+    assert set(mixture_of(dict.fromkeys(names, 1.0)).counts) == {1}
+    with pytest.raises(ValueError, match="20000 sources: there may be 16384"):
+        mixture_of(dict.fromkeys(map(str, range(20_000)), 1.0))
+
+
 def test_weights_without_a_small_block_are_rounded_and_no_source_is_lost() -> None:
     mixture = mixture_of(MIXTURES[4])
     assert mixture.block == MAX_BLOCK

@@ -48,6 +48,11 @@ def test_mixture_changes_ascend_and_name_sources():
     changes = tuple(MixtureChange(from_fraction=at, mixture={"business": 1.0}) for at in (0.9, 0.5))
     config = rehearsal("foundation", stages__pretrain__training__mixture_changes=changes)
     assert_told(config, "stages.pretrain.training.mixture_changes", "each must begin after the one before")
+    # Both begin at the last of the steps.
+    steps = config.stages["pretrain"].training.num_steps
+    late = tuple(MixtureChange(from_fraction=1 - at / steps, mixture={"business": 1.0}) for at in (1.3, 1.0))
+    config = rehearsal("foundation", stages__pretrain__training__mixture_changes=late)
+    assert_told(config, "stages.pretrain.training.mixture_changes", f"begin at steps [{steps - 1}, {steps - 1}]")
     unknown = (MixtureChange(from_fraction=0.5, mixture={"busines": 1.0}),)
     config = rehearsal("foundation", stages__pretrain__training__mixture_changes=unknown)
     assert_told(config, "stages.pretrain.training.mixture", "no source 'busines'")
@@ -57,6 +62,10 @@ def test_mixture_changes_ascend_and_name_sources():
     ("values", "path"),
     [
         ({"data__shuffle__window_blocks": 4}, "data.shuffle.window_blocks"),
+        (
+            {"stages__pretrain__training__mixture": {"business": 1.0, "creative": 1e-5}},
+            "stages.pretrain.training.mixture",
+        ),
         ({"data__shuffle__lanes": 1, "engine__mesh__data": 2}, "data.shuffle.lanes"),
     ],
 )
