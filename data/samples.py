@@ -19,6 +19,8 @@ from data.order import BlockShuffle, Indices, distinct, group_runs_of, key_of, r
 from data.shards import Dataset
 
 SEARCHED_SAMPLES = 1 << 18
+LEAST_RUNS = 20
+"""Sources of fewer runs of several blocks are shuffled sample by sample."""
 STRETCH_SHARDS = 1024
 NEAR_STRETCHES = 16
 """Stretches of neighbouring shards that a shuffle draws from at a time, which bounds the index in memory."""
@@ -83,9 +85,11 @@ class Source:
                 f"source '{name}' ({dataset.path}) has {num_tokens} training tokens; one sample of "
                 f"sequence_length={length} takes {length + 1}. Give more text or a shorter sequence_length."
             )
-        window_blocks = num_lanes * spec.shuffle.window_blocks
-        self.is_whole = num_tokens <= window_blocks * size
-        self.run_blocks = 1 if self.is_whole else run_blocks_of(length, size)
+        self.run_blocks = run_blocks_of(length, size)
+        # Runs of sequences that fit blocks badly may be longer than the window, and what fills no last run is lost.
+        window_blocks = num_lanes * max(spec.shuffle.window_blocks, self.run_blocks)
+        self.is_whole = num_tokens <= max(window_blocks, LEAST_RUNS * (self.run_blocks - 1)) * size
+        self.run_blocks = 1 if self.is_whole else self.run_blocks
         self.run_tokens = length if self.is_whole else self.run_blocks * size
         self.shuffle = BlockShuffle(
             num_runs=(num_tokens - 1) // self.run_tokens,

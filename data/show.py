@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stage = own["stage"] or next(name for name in config.order if hasattr(config.stages[name], "training"))
         datasets = {name: prepared(source, config.data) for name, source in config.data.sources.items()}
         stream = stream_of_stage(config, stage, datasets)
-        step = int(own["step"])
+        step, num_steps = int(own["step"]), stream.spec.num_steps
+        if step >= num_steps:
+            raise UserError(f"step={step}: {stage} takes {num_steps} steps, 0 to {num_steps - 1}.")
         documents = stream.documents(step)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -123,6 +123,18 @@ def test_blocks_that_lie_together_are_read_together_wherever_places_are_worked_o
     assert dataset.store.counters.requests - opened <= num_blocks // GROUP_BLOCKS + first + 1
 
 
+@pytest.mark.parametrize("length", [61, 65, 100, 129, 200])
+def test_sequences_that_fit_blocks_badly_are_all_seen(make_dataset: MakeDataset, length: int) -> None:
+    dataset = make_dataset(block_tokens=64)
+    shuffle = ShuffleConfig(lanes=2, window_blocks=2)
+    stream = stream_of({"one": dataset}, sequence_length=length, global_batch=2, micro_batch=1, shuffle=shuffle)
+    size = stream.samples_in_epoch("one")
+    assert size * length > 0.9 * dataset.num_tokens("train")
+    _, epochs, first_tokens = stream.locate(np.arange(2 * size + 8))
+    assert len(set(first_tokens[epochs == 0].tolist())) == (epochs == 0).sum() == size
+    assert 0 <= first_tokens.min() and first_tokens.max() + length < dataset.num_tokens("train")
+
+
 def test_steps_consume_consecutive_positions(two: dict[str, Dataset]) -> None:
     stream = stream_of(two)
     ids = np.concatenate([stream.sample_ids(step) for step in range(4)])
