@@ -107,10 +107,15 @@ def test_the_plan_names_archived_shards_first_needed_first_and_reading_waits_for
         reads = [
             step for step in range(40) if need.path[-10:-6] in {f"{b // size:04d}" for _, b in stream.blocks(step)}
         ]
-        assert need.first_step == reads[0]
+        assert (need.first_step, need.last_step) == (reads[0], reads[-1])
     plan = plan_of(needs, steps=range(40), step_seconds=3600.0, retrieval="Bulk", days=7)
     assert plan.late_step == needs[0].first_step
     assert plan.wait_hours == pytest.approx(48 - needs[0].first_step, abs=0.01)
+    last_day = (max(need.last_step for need in needs) + 1 + plan.wait_hours) / 24
+    assert last_day <= plan.days < last_day + 1
+    assert plan.dollars > plan_of(needs, steps=range(40), step_seconds=3600.0, retrieval="Bulk", days=1).dollars
+    held_out = needs_of(stream, {"one": dataset}, {"one": archive.archived("held_out/shards")}, range(3, 40))
+    assert [(need.path, need.first_step) for need in held_out] == [("held_out/shards/00000000.arrow", 3)]
     assert plan_of(needs, steps=range(40), step_seconds=1e6, retrieval="Bulk", days=7).late_step in (None, 0)
 
     with pytest.raises(ArchivedObjectError, match="is archived and must be restored first"):
@@ -258,7 +263,7 @@ def test_requesting_twice_asks_once(cold: str) -> None:
     client.copy_object(Bucket="cold", Key="set/train/shards/again.arrow", CopySource=source, StorageClass="GLACIER")
     dataset = Dataset.open(LOCATION, Access(storage=StorageConfig(endpoint=cold)))
     need = needs_of(stream_over(dataset), {"one": dataset}, {"one": set(ARCHIVED)}, range(40))[0]
-    fresh = type(need)(source="one", path="train/shards/again.arrow", num_bytes=1, first_step=0)
+    fresh = type(need)(source="one", path="train/shards/again.arrow", num_bytes=1, first_step=0, last_step=9)
     assert request_all({"one": archive}, [fresh]) == 1
     assert request_all({"one": archive}, [fresh]) == 0
     archive.request(fresh.path)
