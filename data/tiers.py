@@ -71,6 +71,7 @@ class RedisTier:
     def __init__(self, config: RedisTierConfig) -> None:
         self.name = "redis"
         self.counters = TierCounters()
+        self._num_bytes = config.num_bytes
         self._seconds = config.ttl_seconds
         self._paused_until = 0.0
         self._is_cluster = config.cluster
@@ -97,20 +98,31 @@ class RedisTier:
         """Make sure the server is there and bounded.
 
         Raises:
-            DataError: it does not answer, or would grow or refuse writes instead of dropping what is old.
+            DataError: it does not answer, holds less than `num_bytes`, or would grow or refuse writes instead of
+                dropping what is old.
         """
         import redis
 
         try:
-            target = {"target_nodes": "random"} if self._is_cluster else {}
-            settings = self._client.config_get("maxmemory*", **target)
+            # Not CONFIG GET, which managed servers refuse.
+            if self._is_cluster:
+                nodes = [self._client.info("memory", target_nodes=node) for node in self._client.get_primaries()]
+            else:
+                nodes = [self._client.info("memory")]
         except (redis.RedisError, OSError) as error:
             raise DataError(f"data.tiers: Redis does not answer ({error}). Start it, or leave the tier out.") from error
-        if not int(settings.get("maxmemory", 0)) or settings.get("maxmemory-policy") == "noeviction":
+        for node in nodes:
+            if not node["maxmemory"] or node["maxmemory_policy"] == "noeviction":
+                raise DataError(
+                    f"data.tiers: Redis has maxmemory={node['maxmemory']} and maxmemory-policy="
+                    f"{node['maxmemory_policy']}; a cache needs a bound and drops what is old. "
+                    "Set maxmemory, and maxmemory-policy allkeys-lru."
+                )
+        held = sum(node["maxmemory"] for node in nodes)
+        if held < self._num_bytes:
             raise DataError(
-                f"data.tiers: Redis has maxmemory={settings.get('maxmemory')} and maxmemory-policy="
-                f"{settings.get('maxmemory-policy')}; a cache needs a bound and drops what is old. "
-                "Set maxmemory, and maxmemory-policy allkeys-lru."
+                f"data.tiers: num_bytes={self._num_bytes} of Redis, whose maxmemory is {held} over "
+                f"{len(nodes)} servers. Set num_bytes to what it holds, or give it more memory."
             )
 
     def _asked(self, ask: Any) -> Any:

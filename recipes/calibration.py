@@ -80,8 +80,8 @@ def refuse_overlap(config: RunConfig, datasets: Mapping[str, Dataset], stream: S
     for sample in stream.samples(stream.sample_ids(0)):
         numbers = datasets[sample.source].document_numbers("train", sample.first_token, stream.spec.sequence_length + 1)
         calibrated.setdefault(sample.source, set()).update(numbers)
-    for source, numbers in calibrated.items():
-        for digest, document in _digests(datasets[source], "train", sorted(numbers)):
+    for source, seen in calibrated.items():
+        for digest, document in _digests(datasets[source], "train", sorted(seen)):
             if digest in judged:
                 raise DataError(
                     f"calibration document {source}: {document} is also evaluated on, as {judged[digest]} (equal "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -121,6 +122,8 @@ def test_a_redis_cluster_is_read_through_and_may_lose_a_node(local: Path, tmp_pa
         url = f"redis://127.0.0.1:{nodes[0][0]}"
         config = RedisTierConfig(kind="redis", url=url, num_bytes=64 << 20, cluster=True, request_seconds=0.5)
         RedisTier(config).check()
+        with pytest.raises(DataError, match=f"num_bytes=201326593 .* maxmemory is {192 << 20} over 3 servers"):
+            RedisTier(replace(config, num_bytes=(192 << 20) + 1)).check()
         assert np.array_equal(seen(local, tiers=(config,)), expected)
         assert all(redis.Redis(port=port).dbsize() > 0 for port, _ in nodes)
         warm = Dataset.open(local, Access(tiers=open_tiers((config,))))
