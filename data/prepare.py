@@ -22,7 +22,6 @@ from rich.progress import Progress as Bars
 
 from conf.errors import DataError, UserError
 from conf.schema import DataConfig, SourceConfig
-from data.corpora import is_shipped
 from data.index import FORMAT_VERSION, MANIFEST_NAME
 from data.ingest import Ingestion, Progress, ingest
 from data.inputs import InputFile, input_files
@@ -30,7 +29,6 @@ from data.kafka import is_topic
 from data.quality import QualityRules
 from data.shards import Access, Dataset
 from data.steps import ALL_STEPS, Steps
-from data.storage import Store
 from data.tokenizer import Tokenizer
 from data.tombstones import forgotten_ids
 from data.writer import BLOCK_TOKENS
@@ -85,14 +83,10 @@ def prepared(source: SourceConfig, data: DataConfig) -> Dataset:
         DataError: the source cannot be prepared, or is a dataset made with another tokenizer.
     """
     tokenizer = Tokenizer.load(data.tokenizer)
-    if not is_shipped(source.path) and Store.open(source.path, data.storage).exists(MANIFEST_NAME):
+    # In a bucket nothing else is looked for, so that what is wrong with the bucket is what is told.
+    if "://" in source.path or (Path(source.path).expanduser() / MANIFEST_NAME).exists():
         dataset = Dataset.open(source.path, Access(storage=data.storage))
         dataset.check_stored()
-    elif "://" in source.path:
-        raise DataError(
-            f"{source.path}: no dataset here (no {MANIFEST_NAME}), and a run reads text from local files only. "
-            "Prepare it first: python -m data.prepare reads and writes there."
-        )
     else:
         dataset = _from_cache(source.path, data, tokenizer)
     if dataset.manifest.tokenizer_sha256 != tokenizer.sha256:

@@ -20,9 +20,19 @@ import servers
 from fault_proxy import FAULTS, FaultProxy
 
 from conf.errors import DataError
-from conf.schema import DiskTierConfig, MemoryTierConfig, RedisTierConfig, ShuffleConfig, StorageConfig, TierConfig
+from conf.schema import (
+    DataConfig,
+    DiskTierConfig,
+    MemoryTierConfig,
+    RedisTierConfig,
+    ShuffleConfig,
+    SourceConfig,
+    StorageConfig,
+    TierConfig,
+)
 from data.disk import DiskTier
 from data.ingest import Ingestion, ingest
+from data.prepare import prepared
 from data.samples import StreamSpec
 from data.shards import Access, Dataset
 from data.steps import ALL_STEPS
@@ -150,7 +160,7 @@ def test_a_server_that_stays_away_ends_in_an_error_that_names_the_object(locatio
         dataset.tokens("train", 0, 10)
 
 
-def test_what_storage_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_storage_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = StorageConfig(endpoint=s3, retry_seconds=0.5)
     store = Store.open("s3://data/some", config)
     store.write("object", b"0123456789")
@@ -162,6 +172,13 @@ def test_what_storage_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch)
         store.read("object", 20, 5)
     with pytest.raises(DataError, match="there is no bucket 'nowhere'"):
         Store.open("s3://nowhere/some", config).read("object")
+    run = DataConfig(
+        tokenizer="shipped:tokenizer", sources={}, held_out_fraction=0.1, cache_dir=str(tmp_path), storage=config
+    )
+    with pytest.raises(DataError, match="there is no bucket 'nowhere'"):
+        prepared(SourceConfig(path="s3://nowhere/set"), run)
+    with pytest.raises(DataError, match="s3://data/some: no dataset here"):
+        prepared(SourceConfig(path="s3://data/some"), run)
     with pytest.raises(DataError, match="names no bucket"):
         Store.open("s3:///some", config)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
