@@ -17,7 +17,7 @@ from conf.errors import DataError
 from conf.schema import StorageConfig
 from data.archive import Archive
 from data.blocks import BlockReader, intact
-from data.cache import BlockCache, Tokens
+from data.cache import NUM_READERS, BlockCache, Tokens
 from data.index import (
     MANIFEST_NAME,
     SPLITS,
@@ -255,23 +255,27 @@ class Dataset:
         wanted = np.asarray(documents, np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.num_documents(split):
             raise IndexError(f"documents {wanted.min()} to {wanted.max()} of {self.num_documents(split)} in {split}")
-        found: dict[int, DocumentPlace] = {}
+        by_shard: dict[int, list[int]] = {}
         first_of_parts = self._roots[split].first_document
-        for number in np.sort(wanted).tolist():
-            if number in found:
-                continue
+        for number in wanted.tolist():
             part_number = int(np.searchsorted(first_of_parts, number, side="right")) - 1
-            part, before = self.part(split, part_number), int(first_of_parts[part_number])
-            shard = int(np.searchsorted(part.first_document, number - before, side="right")) - 1
-            table = self.documents(split, part_number * self.part_shards(split) + shard)
-            # Those that begin in this shard: rows follow one another, after those that began before.
-            here = wanted[(wanted >= number) & (wanted < before + int(part.first_document[shard + 1]))]
-            rows = here - int(numbers(table.column("number"))[0])
+            inside = number - int(first_of_parts[part_number])
+            shard = int(np.searchsorted(self.part(split, part_number).first_document, inside, side="right")) - 1
+            by_shard.setdefault(part_number * self.part_shards(split) + shard, []).append(number)
+
+        def found(shard: int) -> dict[int, DocumentPlace]:
+            table = self.documents(split, shard)
             ids, firsts, counts = (table.column(name) for name in ("id", "first_token", "num_tokens"))
-            for document, row in zip(here.tolist(), rows.tolist(), strict=True):
-                place = DocumentPlace(document, ids[row].as_py(), firsts[row].as_py(), counts[row].as_py())
-                found[document] = place
-        return [found[number] for number in wanted.tolist()]
+            # Numbers follow one another.
+            rows = [(number, number - table.column("number")[0].as_py()) for number in by_shard[shard]]
+            return {
+                number: DocumentPlace(number, ids[row].as_py(), firsts[row].as_py(), counts[row].as_py())
+                for number, row in rows
+            }
+
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            places = {number: place for part in pool.map(found, by_shard) for number, place in part.items()}
+        return [places[number] for number in wanted.tolist()]
 
     def document_ids(self, split: Split, start: int, count: int) -> list[str]:
         """Names of the documents that tokens [start, start + count) are of, in order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,14 +101,22 @@ def parent_of(checkpoint: Checkpoint) -> Parent:
     return Parent(path=str(checkpoint.path), manifest_sha256=checkpoint.manifest_sha256)
 
 
+MOST_OPENED = 16
+"""Sources that are opened at the same time."""
+
+
 def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:
     """The prepared sources of a run, as its driver wrote them down, behind the tiers they share."""
     tiers = open_tiers(data.tiers)
-    datasets = {}
-    for name, path in json.loads(run.datasets_file.read_text()).items():
+    paths: dict[str, str] = json.loads(run.datasets_file.read_text())
+
+    def opened(path: str) -> Dataset:
         archive = Archive(path, data.storage) if path.startswith("s3://") else None
-        datasets[name] = Dataset.open(path, Access(storage=data.storage, tiers=tiers, archive=archive))
-    return datasets
+        return Dataset.open(path, Access(storage=data.storage, tiers=tiers, archive=archive))
+
+    # At once: each takes some round trips to its storage.
+    with ThreadPoolExecutor(max(1, min(len(paths), MOST_OPENED))) as pool:
+        return dict(zip(paths, pool.map(opened, paths.values()), strict=True))
 
 
 def tokenizer_identity(datasets: dict[str, Dataset]) -> str:
