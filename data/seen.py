@@ -107,17 +107,21 @@ class _Search:
         if not self._known:
             return "where it was is not known any more"
         try:
-            stream, num_steps = _stream_of(run, stage)
-            first = stream.first_step_with(dict.fromkeys(sources, self._places), range(num_steps))
+            stream = stream_of_run(run, stage)
+            first = stream.first_step_with(dict.fromkeys(sources, self._places), range(stream.spec.num_steps))
         except (UserError, OSError, ValueError) as error:
             return str(error).splitlines()[0]
         return -1 if first is None else first
 
 
-def _stream_of(run: Path, stage: str) -> tuple[Stream, int]:
-    """The samples of a stage of a run, and how many steps it takes."""
+def stream_of_run(run: Path, stage: str) -> Stream:
+    """The samples of a stage of a run, from the datasets that it read.
+
+    Raises:
+        UserError: there is no such run or stage, or a dataset cannot be opened.
+        OSError, ValueError: what the run wrote down of its datasets is not there.
+    """
     config = load.read(run / "config.json")
     paths = json.loads((run / "datasets.json").read_text())
     datasets = {name: Dataset.open(path, Access(storage=config.data.storage)) for name, path in paths.items()}
-    stream = stream_of_stage(config, stage, datasets)
-    return stream, stream.spec.num_steps
+    return stream_of_stage(config, stage, datasets)
