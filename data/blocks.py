@@ -78,13 +78,20 @@ class BlockReader:
             DataError: it cannot be read, or is damaged where it is stored.
         """
         shared = [tier for tier in self.tiers if tier.name != "memory"]
-        for tier in shared:
-            content = tier.get(key)
-            if content is not None:
-                try:
-                    return parse(content)
-                except DataError:
-                    tier.drop(key)
+
+        def found(tiers: Sequence[Tier]) -> T | None:
+            for place, tier in enumerate(tiers):
+                content = tier.get(key)
+                if content is not None:
+                    try:
+                        result = parse(content)
+                    except DataError:
+                        tier.drop(key)
+                        continue
+                    for faster in tiers[:place]:
+                        faster.put(key, content)
+                    return result
+            return None
 
         def kept(content: memoryview) -> T:
             result = parse(content)
@@ -92,7 +99,14 @@ class BlockReader:
                 tier.put(key, content)
             return result
 
-        return intact(lambda: self._store.read(name), kept)
+        result = found(shared)
+        if result is None:
+            with self._lease(key):
+                # Whoever held the lease before may have read it.
+                result = found([tier for tier in shared if tier.name == "disk"])
+                if result is None:
+                    result = intact(lambda: self._store.read(name), kept)
+        return result
 
     def _lease(self, key: str) -> AbstractContextManager[object]:
         return next((tier.lease(key) for tier in self.tiers if tier.name == "disk"), nullcontext())

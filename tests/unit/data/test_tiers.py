@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import MakeDataset
 
 from conf.schema import DiskTierConfig
@@ -39,6 +40,32 @@ def test_a_lease_is_held_by_one_thread_and_keeps_nobody_from_other_blocks(tmp_pa
             assert not holders
         for each in waiting:
             each.result()
+
+
+def test_a_part_of_the_index_is_read_by_one_of_those_who_share_a_disk(
+    make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = make_dataset().path
+    # A lock is of an open file: two of a process keep each other out as two processes do.
+    first, second = (Dataset.open(location, Access(tiers=open_tiers([disk(tmp_path / "tier")]))) for _ in range(2))
+    before = second.store.counters.requests
+    reading, go_on, read = threading.Event(), threading.Event(), first.store.read
+
+    def read_slowly(name: str) -> memoryview:
+        reading.set()
+        assert go_on.wait(10)
+        return read(name)
+
+    monkeypatch.setattr(first.store, "read", read_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first.part, "train", 0)
+        assert reading.wait(10)
+        other = pool.submit(second.part, "train", 0)
+        with pytest.raises(TimeoutError):
+            other.result(timeout=0.1)
+        go_on.set()
+        assert one.result().path(0) == other.result().path(0)
+    assert second.store.counters.requests == before
 
 
 def test_a_warm_disk_tier_has_the_index_too_and_damage_in_it_is_noticed(
