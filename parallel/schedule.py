@@ -14,6 +14,7 @@ from torch import Tensor
 from data.batch import Batch
 from parallel.inputs import Inputs, inputs_of_rank
 from parallel.mesh import Coordinate, Mesh
+from parallel.plan.divides import pieces_of_sequence
 
 LossOfOutput = Callable[[Inputs, Tensor], tuple[Tensor, Tensor, Any]]
 """What the last stage makes of a micro-batch: loss and count as Megatron wants them, and what is to be kept."""
@@ -109,8 +110,8 @@ class Schedule:
         num_rows, num_tokens = shapes.pop()
         if num_rows != self.micro_batch:
             raise ValueError(f"micro-batches have {num_rows} rows; this engine was made for {self.micro_batch}")
-        parts = (2 * self.mesh.context if self.mesh.context > 1 else 1) * (
-            self.mesh.tensor if self.splits_sequence else 1
+        parts = pieces_of_sequence(
+            context=self.mesh.context, tensor=self.mesh.tensor, sequence_parallel=self.splits_sequence
         )
         if num_tokens % parts:
             raise ValueError(f"rows have {num_tokens} tokens, which must be a multiple of {parts} ({self.mesh})")

@@ -24,7 +24,7 @@ from conf.schema import (
 from parallel.plan.divides import divisors
 from parallel.shapes import shapes_that_hold, size_of, smaller_shapes, student_shapes
 from recipes.machine import Machine
-from recipes.rules_layout import mesh_of, nearest_multiples
+from recipes.rules_layout import mesh_of, nearest_multiples, problems_of_length
 from recipes.rules_place import gpu_of, state_bytes
 from recipes.stage_models import (
     distillation_of,
@@ -110,7 +110,7 @@ def smoothing_has_a_use(config: RunConfig, machine: Machine) -> Iterator[Problem
 
 
 def calibration_is_sound(config: RunConfig, machine: Machine) -> Iterator[Problem]:
-    """Calibration text is of sources there are, and of rows the model can read."""
+    """Calibration text is of sources there are, and of rows the model can read and ranks can split."""
     known = ", ".join(config.data.sources)
     for path, calibration in calibrations_of(config).items():
         if not calibration.mixture:
@@ -119,12 +119,7 @@ def calibration_is_sound(config: RunConfig, machine: Machine) -> Iterator[Proble
             if source not in config.data.sources:
                 meant = did_you_mean(source, config.data.sources)
                 yield Problem(f"{path}.mixture", f"there is no source '{source}'.{meant} There is: {known}.")
-        length = calibration.sequence_length
-        if length > config.model.max_sequence_length:
-            yield Problem(
-                f"{path}.sequence_length",
-                f"is {length}; positions end at model.max_sequence_length={config.model.max_sequence_length}.",
-            )
+        yield from problems_of_length(config, f"{path}.sequence_length", calibration.sequence_length)
 
 
 def calibration_is_shared_evenly(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:

@@ -148,28 +148,33 @@ def sequence_parallel_has_tensor_ranks(config: RunConfig, machine: Machine) -> I
 
 def sequences_fit(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     """Sequences are within the model's length and can be split over the context and tensor axes."""
-    mesh, engine = config.engine.mesh, config.engine
-    longest = config.model.max_sequence_length
-    pieces = pieces_of_sequence(context=mesh.context, tensor=mesh.tensor, sequence_parallel=engine.sequence_parallel)
     for name in config.order:
         match config.stages.get(name):
             case stage if isinstance(stage, TrainingStage):
-                path, length = f"stages.{name}.training.sequence_length", stage.training.sequence_length
+                yield from problems_of_length(
+                    config, f"stages.{name}.training.sequence_length", stage.training.sequence_length
+                )
             case EvaluateStage(sequence_length=length):
-                path = f"stages.{name}.sequence_length"
+                yield from problems_of_length(config, f"stages.{name}.sequence_length", length)
             case _:
                 continue
-        if length > longest:
-            yield Problem(path, f"is {length}; the model's positions end at model.max_sequence_length={longest}.")
-        if length % pieces:
-            why = f"{mesh.context} context ranks" + (
-                f" and {mesh.tensor} sequence-parallel tensor ranks" if engine.sequence_parallel else ""
-            )
-            yield Problem(
-                path,
-                f"{length} tokens cannot be split over {why}; it must be a multiple of {pieces}. "
-                f"Nearest: {nearest_multiples(length, pieces)}.",
-            )
+
+
+def problems_of_length(config: RunConfig, path: str, length: int) -> Iterator[Problem]:
+    """What is wrong with rows of so many tokens; `path` says so."""
+    mesh, engine = config.engine.mesh, config.engine
+    longest = config.model.max_sequence_length
+    if length > longest:
+        yield Problem(path, f"is {length}; the model's positions end at model.max_sequence_length={longest}.")
+    pieces = pieces_of_sequence(context=mesh.context, tensor=mesh.tensor, sequence_parallel=engine.sequence_parallel)
+    if length % pieces:
+        axes = [f"{mesh.context} context ranks"] if mesh.context > 1 else []
+        axes += [f"{mesh.tensor} sequence-parallel tensor ranks"] if engine.sequence_parallel else []
+        yield Problem(
+            path,
+            f"{length} tokens cannot be split over {' and '.join(axes)}; it must be a multiple of {pieces}. "
+            f"Nearest: {nearest_multiples(length, pieces)}.",
+        )
 
 
 def batches_are_shared_evenly(config: RunConfig, machine: Machine | None = None) -> Iterator[Problem]:

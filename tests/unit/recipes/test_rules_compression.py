@@ -126,6 +126,8 @@ def test_calibration_rows_are_shared_evenly_and_fit_the_model():
     assert_told(config, "stages.prune.calibration.tokens", "10 rows of 128", "2 data ranks", "2048 tokens")
     config = rehearsal(stages__prune__calibration__sequence_length=256)
     assert_told(config, "stages.prune.calibration.sequence_length", "max_sequence_length=128")
+    config = layout(rehearsal(stages__prune__calibration__sequence_length=126), context=2)
+    assert_told(config, "stages.prune.calibration.sequence_length", "over 2 context ranks;", "Nearest: 124 or 128")
 
 
 def test_no_more_logits_are_kept_than_there_are():

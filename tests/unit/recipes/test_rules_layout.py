@@ -78,7 +78,7 @@ def test_sequence_splits_over_context_ranks():
 def test_sequence_splits_over_sequence_parallel_ranks():
     config = layout(rehearsal(stages__specialise__training__sequence_length=251), tensor=2)
     config = changed(config, engine__sequence_parallel=True)
-    words = ("2 sequence-parallel tensor ranks", "Nearest: 250 or 252")
+    words = ("split over 2 sequence-parallel tensor ranks", "Nearest: 250 or 252")
     assert_told(config, "stages.specialise.training.sequence_length", *words)
 
 
