@@ -23,6 +23,7 @@ from parallel.head import keep_hidden, score_rows
 from parallel.hidden_states import keep_outputs
 from parallel.importance import Importance, Observer, Share
 from parallel.inputs import Inputs
+from parallel.memory_errors import naming_memory_errors
 from parallel.mesh import Mesh
 from parallel.quantisation import round_inputs
 from parallel.ranges import Channels, RangeObserver
@@ -134,7 +135,8 @@ class ForwardPasses:
     def _look(self, micro_batches: Sequence[Batch], loss: LossOfOutput) -> list[Any]:
         for kept in self._outputs.values():
             kept.clear()
-        found = self._schedule.look(self._models, micro_batches, loss)
+        with naming_memory_errors("a forward pass without gradients"):
+            found = self._schedule.look(self._models, micro_batches, loss)
         for kept in self._outputs.values():
             del kept[len(micro_batches) :]
         return found

@@ -15,6 +15,7 @@ from data.shards import Access
 from parallel.device import this_device
 from parallel.distillation import Distillation, FromReader, FromTeacher
 from parallel.engine import Engine, Match, make_engine
+from parallel.memory_errors import naming_memory_errors
 from parallel.mesh import Coordinate
 from recipes.board import Board
 from recipes.pretrain import Lesson, mesh_of
@@ -66,7 +67,9 @@ def teacher_engine(given: StageInput, teacher: Checkpoint, micro_batch: int) -> 
     It keeps neither gradients nor an optimizer.
     """
     config = replace(given.context.config.engine, recompute="none")
-    engine = make_engine(teacher.manifest.provenance.model, config, None, mesh_of(given), micro_batch=micro_batch)
+    model = teacher.manifest.provenance.model
+    with naming_memory_errors("building the teacher"):
+        engine = make_engine(model, config, None, mesh_of(given), micro_batch=micro_batch)
     try:
         engine.load_weights(teacher.weights)
         yield engine

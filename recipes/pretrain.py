@@ -12,9 +12,8 @@ from data.batch import Batch
 from parallel.attention_kernel import attention_kernel
 from parallel.engine import Match, Objective, TensorSource, make_engine
 from parallel.initial import InitialWeights
-from parallel.memory_errors import StepOutOfMemoryError, naming_memory_errors
+from parallel.memory_errors import naming_memory_errors
 from parallel.mesh import Mesh
-from recipes.fitting import advice
 from recipes.stage import StageInput, StageOutput, tokenizer_identity
 from train.checkpoint import Parent, Provenance
 from train.loop import StageJob, TrainingLoop
@@ -57,7 +56,7 @@ def train_stage(
     """Train `model` from `initial` and pass on the last checkpoint.
 
     Raises:
-        StepOutOfMemoryError: with changes that would fit.
+        StepOutOfMemoryError: with the part of the step.
     """
     context = given.context
     engine_config = context.config.engine
@@ -66,11 +65,8 @@ def train_stage(
         dtype = torch.bfloat16 if engine_config.weight_precision == "bf16" else torch.float32
         attention = attention_kernel().name_within_documents(dtype, model.head_dim)
     print(f"-- stage {given.name}: attention by {attention}, {engine_config.precision}", flush=True)
-    try:
-        with naming_memory_errors("building the model and its optimizer"):
-            engine = make_engine(model, engine_config, training.optim, mesh_of(given), micro_batch=training.micro_batch)
-    except StepOutOfMemoryError as error:
-        raise error.followed_by(advice(context.config, given.name, error.capacity_bytes)) from error
+    with naming_memory_errors("building the model and its optimizer"):
+        engine = make_engine(model, engine_config, training.optim, mesh_of(given), micro_batch=training.micro_batch)
     try:
         if lesson.match is not None:
             engine.match_outputs(lesson.match)
@@ -86,8 +82,6 @@ def train_stage(
             reading=given.reading,
         )
         outcome, checkpoint = TrainingLoop(context, job, engine, initial).run()
-    except StepOutOfMemoryError as error:
-        raise error.followed_by(advice(context.config, given.name, error.capacity_bytes)) from error
     finally:
         engine.close()
     return StageOutput(outcome, checkpoint)

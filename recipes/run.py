@@ -21,16 +21,19 @@ from conf.schema import (
 )
 from data.shards import Dataset
 from parallel.groups import default_store
+from parallel.memory_errors import StepOutOfMemoryError
 from recipes.chain import is_here
 from recipes.control import train_control
 from recipes.distill import distill
 from recipes.evaluate import evaluate
 from recipes.export import export
+from recipes.fitting import advice
 from recipes.logits import record_logits
 from recipes.pretrain import pretrain
 from recipes.prune import prune
 from recipes.quantise import quantise
 from recipes.recover import recover
+from recipes.rules_layout import trainings_of
 from recipes.specialise import specialise
 from recipes.stage import StageInput, StageOutput, open_datasets
 from recipes.stage_models import passes_on
@@ -87,7 +90,21 @@ def reading_of(context: RankContext, name: str, datasets: dict[str, Dataset]) ->
 
 
 def run_stage(given: StageInput) -> StageOutput:
-    """Run one stage by its kind."""
+    """Run one stage by its kind.
+
+    Raises:
+        StepOutOfMemoryError: of a stage that trains, its teacher included, with changes that would fit.
+    """
+    try:
+        return _stage_of_its_kind(given)
+    except StepOutOfMemoryError as error:
+        config = given.context.config
+        if given.name not in trainings_of(config):
+            raise
+        raise error.followed_by(advice(config, given.name, error.capacity_bytes)) from error
+
+
+def _stage_of_its_kind(given: StageInput) -> StageOutput:
     match given.context.config.stages[given.name]:
         case PretrainStage() as stage:
             output = pretrain(given, stage)

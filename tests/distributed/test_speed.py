@@ -31,7 +31,7 @@ class Greedy(CrossEntropy):
     """An objective that asks for more memory than there is."""
 
     def __call__(self, *args: Any) -> LossSums:
-        torch.empty(2**60, dtype=torch.uint8)
+        _ask_for_too_much()
         return super().__call__(*args)
 
 
@@ -110,13 +110,21 @@ def _sliced(layout: Layout, model: ModelConfig) -> list[float]:
         loss.LOGIT_BYTES = limit
 
 
-def _run_out_of_memory() -> tuple[str, list[float]]:
+def _ask_for_too_much(*_: Any) -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def _run_out_of_memory() -> tuple[list[str], list[float]]:
     engine = _engine(SHARDED)
-    with pytest.raises(StepOutOfMemoryError) as raised:
-        engine.step(batches(0, engine.mesh, 0), Greedy(), learning_rate=1.0)
+    given = batches(0, engine.mesh, 0)
+    with pytest.raises(StepOutOfMemoryError) as in_step:
+        engine.step(given, Greedy(), learning_rate=1.0)
+    too_much = mock.patch("parallel.forward_passes.score_rows", _ask_for_too_much)
+    with pytest.raises(StepOutOfMemoryError) as in_scoring, too_much:
+        engine.score(given)
     after = [step.loss for step in train(engine, range(3))]
     engine.close()
-    return raised.value.part, after
+    return [in_step.value.part, in_scoring.value.part], after
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +169,6 @@ def test_fp8_losses_stay_near_those_of_bf16(found, precision):
 
 
 def test_step_that_ran_out_of_memory_is_named_and_changed_nothing(found):
-    part, losses = found["memory"]
-    assert part == "the forward and backward pass"
+    parts, losses = found["memory"]
+    assert parts == ["the forward and backward pass", "a forward pass without gradients"]
     assert losses == found["plain"][:3]

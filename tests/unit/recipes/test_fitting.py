@@ -1,6 +1,7 @@
 """Changes told to somebody who ran out of memory: each of them valid, and fitting by the memory model."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -8,8 +9,9 @@ from check_samples import BIG_DISK, changed, full_size
 
 from conf import load
 from conf.schema import MeshConfig, RunConfig
+from parallel.memory_errors import StepOutOfMemoryError
 from parallel.plan.memory import GIB
-from recipes import fit
+from recipes import fit, run
 from recipes.check import resolve
 from recipes.fit import memory_of_stage
 from recipes.fitting import advice, changes_for
@@ -95,3 +97,15 @@ def test_advice_where_the_model_sees_no_reason():
 
 def test_advice_where_nothing_fits():
     assert "it takes more ranks" in advice(large_batch(), STAGE, GIB)
+
+
+@pytest.mark.parametrize(("stage", "told"), [("recover", True), ("prune", False)])
+def test_a_stage_that_trains_is_told_what_would_fit_wherever_memory_ran_out(monkeypatch, stage, told):
+    def run_out(*_):
+        raise StepOutOfMemoryError("building the teacher", "out of memory in building the teacher", 80 * GIB)
+
+    monkeypatch.setattr(run, stage, run_out)
+    given = SimpleNamespace(name=stage, context=SimpleNamespace(config=large_batch()))
+    with pytest.raises(StepOutOfMemoryError, match="building the teacher") as raised:
+        run.run_stage(given)
+    assert ("Would fit:" in str(raised.value)) == told
