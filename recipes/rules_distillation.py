@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from recipes.machine import Machine
 from recipes.recording import about_text, learner_of, location_of, manifest_of
 from recipes.rules_compression import with_mesh
 from recipes.rules_layout import mesh_of, nearest_multiples
-from recipes.stage_models import distillation_of, model_of_stage, models_of, stages_of, teacher_of_stage
+from recipes.stage_models import distillation_of, grid_of, model_of_stage, models_of, stages_of, teacher_of_stage
 from train.quantities import byte_size
 
 
@@ -166,13 +165,13 @@ def shapes_are_those_of_the_grid(config: RunConfig, machine: Machine | None = No
     for name, stage in stages_of(config):
         if not isinstance(stage, PruneStage | DistillStage) or model_of_stage(config, name) == alone[name]:
             continue
-        path, grid = ("search", stage.search) if isinstance(stage, PruneStage) else ("student", stage.student)
-        heads = math.lcm(grid.kv_heads_multiple, mesh.tensor)
-        layers = math.lcm(grid.layers_multiple, mesh.pipeline * mesh.virtual_pipeline)
+        path, wanted = ("search", stage.search) if isinstance(stage, PruneStage) else ("student", stage.student)
+        grid = grid_of(config, wanted)
         yield Problem(
             f"stages.{name}.{path}",
             f"the shape is another on these axes than on one rank, which tensor={mesh.tensor} x pipeline="
-            f"{mesh.pipeline} could not share. kv_heads_multiple={heads} layers_multiple={layers} make it the same.",
+            f"{mesh.pipeline} could not share. ffn_multiple={grid.ffn_multiple} kv_heads_multiple="
+            f"{grid.kv_heads_multiple} layers_multiple={grid.layers_multiple} make it the same.",
         )
 
 

@@ -69,11 +69,11 @@ def given_shapes(config: RunConfig) -> dict[str, ShapeConfig]:
 
 
 def grid_of(config: RunConfig, wanted: GridConfig) -> Grid:
-    """Shapes that are wanted and that the run's mesh can hold."""
-    mesh = config.engine.mesh
+    """Shapes that are wanted and that the run's mesh can hold, and its precision multiply."""
+    mesh, multiple = config.engine.mesh, config.engine.product_multiple
     return Grid(
-        hidden_multiple=wanted.hidden_multiple,
-        ffn_multiple=wanted.ffn_multiple,
+        hidden_multiple=math.lcm(wanted.hidden_multiple, multiple),
+        ffn_multiple=math.lcm(wanted.ffn_multiple, multiple * mesh.tensor),
         kv_heads_multiple=math.lcm(wanted.kv_heads_multiple, mesh.tensor),
         layers_multiple=math.lcm(wanted.layers_multiple, mesh.pipeline * mesh.virtual_pipeline),
         experts_multiple=math.lcm(wanted.experts_multiple, mesh.expert) if isinstance(wanted, SearchConfig) else 1,

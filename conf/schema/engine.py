@@ -53,3 +53,8 @@ class EngineConfig(Strict):
     def weight_precision(self) -> Precision:
         """What weights and activations are kept in."""
         return "fp32" if self.precision == "fp32" else "bf16"
+
+    @property
+    def product_multiple(self) -> int:
+        """What every side of a matrix product of a layer is a multiple of on a rank."""
+        return 16 if self.precision.startswith("fp8") else 1
