@@ -21,7 +21,9 @@ def advice(config: RunConfig, stage: str, capacity_bytes: int) -> str:
     lines = [f"The memory model puts this stage at {now / GIB:.1f} GiB a rank, and a device has {has}."]
     if now <= capacity_bytes:
         lines.append("By that it should fit: look for other processes on the device first.")
-    if not found:
+    if not found and now <= capacity_bytes:
+        lines.append("No change to batch, recomputation or axes on these ranks would save a tenth of it.")
+    elif not found:
         lines.append("No change to batch, recomputation or axes on these ranks would fit; it takes more ranks.")
     else:
         lines.append("Would fit:")

@@ -95,6 +95,12 @@ def test_advice_where_the_model_sees_no_reason():
     assert "look for other processes" in advice(large_batch(), STAGE, 10**15)
 
 
+def test_no_more_ranks_are_advised_where_these_suffice_by_the_model(monkeypatch):
+    monkeypatch.setattr(fit, "changes_that_fit", lambda *_, **__: [])
+    told = advice(large_batch(), STAGE, 10**15)
+    assert "would save a tenth of it" in told and "more ranks" not in told
+
+
 def test_advice_where_nothing_fits():
     assert "it takes more ranks" in advice(large_batch(), STAGE, GIB)
 
