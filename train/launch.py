@@ -301,6 +301,9 @@ def connect(cluster: ClusterConfig, world_size: int, *, use_gpu: bool) -> None:
     if cluster.kind == "local":
         # Keeps other users of the machine from submitting code to our ranks. Ray reads it when it is imported.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_own_token())
+        # OpenMP reads it when a rank starts. Threads that spin while they wait keep cores from those they wait for:
+        # where others use this machine as well, products of matrices took five times as long.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import ray
 
     try:

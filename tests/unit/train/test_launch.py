@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from conf.errors import UserError
@@ -21,6 +23,7 @@ def test_ray_is_started_once_more_where_its_parts_were_late(
 
     def init(address: str, **_: object) -> None:
         begun.append(address)
+        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE", "ranks inherit it"
         if len(begun) <= len(faults):
             raise Exception(faults[len(begun) - 1])  # what Ray raises is no more than that
 
@@ -28,6 +31,8 @@ def test_ray_is_started_once_more_where_its_parts_were_late(
     cluster = compose(["recipe=foundation"]).cluster
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED", "RAY_TRAIN_V2_ENABLED"):
         monkeypatch.setenv(name, "0")  # given back after the test
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     if len(faults) < starts:
         connect(cluster, 2, use_gpu=False)
     else:
