@@ -46,10 +46,13 @@ class RowReader:
         self._ahead: list[int] = []
         # Tokens of the blocks that were read from, by their number in `_blocks`.
         self._held: dict[int, memoryview] = {}
+        self._most_held = 0
         for source in order.sources:
-            ahead = (order.spec.shuffle.readahead_blocks + GROUP_BLOCKS) * source.dataset.block_bytes
             # A window is read from while the next is read ahead; a quarter more for lanes that begin theirs apart.
-            source.dataset.keep(source.working_set_bytes(order.lanes_of(num_rows)) * 5 // 4 + ahead)
+            num_blocks = source.working_set_blocks(order.lanes_of(num_rows)) * 5 // 4
+            self._most_held += num_blocks
+            ahead = order.spec.shuffle.readahead_blocks + GROUP_BLOCKS
+            source.dataset.keep((num_blocks + ahead) * source.dataset.block_bytes)
         self._work_out(num_steps=1)
 
     def goes_on(self, step: int, first_row: int, num_rows: int) -> bool:
@@ -77,6 +80,9 @@ class RowReader:
     def read_ahead(self, step: int) -> None:
         """Ask for the blocks of a step, and of later ones within the budget."""
         self._step = step
+        if len(self._held) > self._most_held:
+            used = set(distinct(self._blocks[step - self._start :].reshape(-1)).tolist())
+            self._held = {block: tokens for block, tokens in self._held.items() if block in used}
         self._ahead = [first for first in self._ahead if first > step]
         steps_at_once = max(1, PLANNED_SAMPLES // self._num_rows)
         while True:
@@ -124,8 +130,6 @@ class RowReader:
         passed, self._start = self._step - self._start, self._step
         self._blocks = np.concatenate([self._blocks[passed:], blocks.reshape(ids.shape)])
         self._starts = np.concatenate([self._starts[passed:], starts.reshape(ids.shape)])
-        used = set(distinct(self._blocks.reshape(-1)).tolist())
-        self._held = {block: tokens for block, tokens in self._held.items() if block in used}
         self._needed = self._needed[passed:] + [[] for _ in steps]
         self._groups = {place: group for place, group in self._groups.items() if group}
         before, self._latest = self._latest, set()

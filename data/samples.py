@@ -109,11 +109,10 @@ class Source:
         """Samples before its next pass begins."""
         return self.shuffle.num_runs * self.shuffle.run_samples
 
-    def working_set_bytes(self, num_lanes: int) -> int:
-        """Memory of the decoded blocks that so many lanes mix at a time."""
-        dataset = self.dataset
-        num_blocks = dataset.num_tokens("train") // dataset.manifest.block_tokens + 1
-        return dataset.block_bytes * min(num_blocks, num_lanes * self.shuffle.window_runs * self.run_blocks)
+    def working_set_blocks(self, num_lanes: int) -> int:
+        """Blocks that so many lanes mix at a time."""
+        num_blocks = self.dataset.num_tokens("train") // self.dataset.manifest.block_tokens + 1
+        return num_blocks if self.is_whole else min(num_blocks, num_lanes * self.shuffle.window_runs * self.run_blocks)
 
 
 class SampleOrder:
