@@ -15,6 +15,7 @@ import numpy as np
 
 from bench.kernels import kernel_table
 from conf import load
+from conf.errors import UserError
 from conf.schema import MeshConfig
 from data.batch import Batch
 from parallel import groups
@@ -34,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--trace", type=Path, default=Path("profile.json"))
     given = parser.parse_args(arguments)
-    config = load.compose(given.override)
+    try:
+        config = load.compose(given.override)
+    except UserError as error:
+        parser.exit(2, f"{error}\n")
     training = next(iter(trainings_of(config).values()))
     groups.open_world(groups.host_store(), rank=0, world_size=1)
     groups.enter_mesh(Mesh())
