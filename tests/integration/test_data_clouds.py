@@ -11,15 +11,13 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import servers
+from random_tokens import stream_over, write_dataset
 
 from conf.errors import DataError
 from conf.schema import RedisTierConfig, ShuffleConfig, StorageConfig, TierConfig
-from data.samples import StreamSpec
 from data.shards import Access, Dataset
 from data.storage import MissingObjectError, Store
-from data.stream import Stream
 from data.tiers import RedisTier, open_tiers
-from data.writer import DatasetFacts, DatasetWriter
 
 STEPS = 10
 
@@ -28,15 +26,7 @@ STEPS = 10
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset on disk."""
     folder = tmp_path_factory.mktemp("local")
-    facts = DatasetFacts(
-        tokenizer_sha256="t", vocab_size=5000, end_of_text_id=0, held_out_fraction=0.1, block_tokens=1024
-    )
-    writer = DatasetWriter(Store.open(folder), facts)
-    random = np.random.default_rng(3)
-    for number in range(100):
-        writer.add("train", f"doc{number}", "input", random.integers(1, 5000, 499))
-    writer.add("held_out", "other", "input", np.arange(1, 20))
-    writer.finish(num_duplicates=0, inputs=[])
+    write_dataset(Store.open(folder), num_documents=100, document_tokens=500, block_tokens=1024)
     return folder
 
 
@@ -47,10 +37,7 @@ def seen(location: str | Path, storage: StorageConfig | None = None, tiers: Sequ
 
 def seen_of(dataset: Dataset) -> np.ndarray:
     shuffle = ShuffleConfig(lanes=4, window_blocks=4)
-    spec = StreamSpec(
-        mixtures=[(0, {"one": 1.0})], seed=1, sequence_length=128, global_batch=16, micro_batch=4, shuffle=shuffle
-    )
-    stream = Stream({"one": dataset}, spec)
+    stream = stream_over(dataset, sequence_length=128, global_batch=16, shuffle=shuffle)
     return np.stack([stream.rows(step, 0, 16) for step in range(STEPS)])
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import servers
 from fault_proxy import FAULTS, FaultProxy
+from random_tokens import stream_over, write_dataset
 
 from conf.errors import DataError
 from conf.schema import (
@@ -33,14 +34,12 @@ from conf.schema import (
 from data.disk import DiskTier
 from data.ingest import Ingestion, ingest
 from data.prepare import prepared
-from data.samples import StreamSpec
 from data.shards import Access, Dataset
 from data.steps import ALL_STEPS
 from data.storage import MissingObjectError, Store
 from data.stream import Stream
 from data.tiers import RedisTier, open_tiers
 from data.tokenizer import Tokenizer
-from data.writer import DatasetFacts, DatasetWriter
 
 NUM_TOKENS = 200_000
 STEPS = 20
@@ -66,18 +65,6 @@ def redis_folder(tmp_path: Path) -> Path:
     return tmp_path / "redis"
 
 
-def write_dataset(store: Store) -> None:
-    facts = DatasetFacts(
-        tokenizer_sha256="t", vocab_size=5000, end_of_text_id=0, held_out_fraction=0.1, block_tokens=1024
-    )
-    writer = DatasetWriter(store, facts)
-    random = np.random.default_rng(3)
-    for number in range(NUM_TOKENS // 500):
-        writer.add("train", f"doc{number}", "input", random.integers(1, 5000, 499))
-    writer.add("held_out", "other", "input", np.arange(1, 20))
-    writer.finish(num_duplicates=0, inputs=[])
-
-
 def access_to(endpoint: str, tiers: Sequence[TierConfig] = (), retry_seconds: float = 30.0) -> Access:
     storage = StorageConfig(endpoint=endpoint, request_seconds=1.5, retry_seconds=retry_seconds)
     return Access(storage=storage, tiers=open_tiers(tiers))
@@ -85,10 +72,7 @@ def access_to(endpoint: str, tiers: Sequence[TierConfig] = (), retry_seconds: fl
 
 def stream_of(dataset: Dataset) -> Stream:
     shuffle = ShuffleConfig(lanes=4, window_blocks=8, readahead_blocks=8)
-    spec = StreamSpec(
-        mixtures=[(0, {"one": 1.0})], seed=1, sequence_length=LENGTH, global_batch=16, micro_batch=4, shuffle=shuffle
-    )
-    return Stream({"one": dataset}, spec)
+    return stream_over(dataset, sequence_length=LENGTH, global_batch=16, shuffle=shuffle)
 
 
 def seen(dataset: Dataset, steps: range = range(STEPS)) -> np.ndarray:
@@ -99,7 +83,8 @@ def seen(dataset: Dataset, steps: range = range(STEPS)) -> np.ndarray:
 @pytest.fixture(scope="module")
 def location(s3: str) -> str:
     location = "s3://data/faults"
-    write_dataset(Store.open(location, StorageConfig(endpoint=s3)))
+    store = Store.open(location, StorageConfig(endpoint=s3))
+    write_dataset(store, num_documents=NUM_TOKENS // 500, document_tokens=500, block_tokens=1024)
     return location
 
 

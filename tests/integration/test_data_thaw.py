@@ -16,17 +16,15 @@ import numpy as np
 import pytest
 import servers
 import torch.distributed as dist
+from random_tokens import stream_over, write_dataset
 
 from conf.errors import DataError
-from conf.schema import ShuffleConfig, StorageConfig
+from conf.schema import StorageConfig
 from data.archive import Archive
 from data.prefetch import Prefetch
-from data.samples import StreamSpec
 from data.shards import Access, Dataset
 from data.storage import ArchivedObjectError, Store
-from data.stream import Stream
 from data.thaw import needs_of, plan_of, request_all
-from data.writer import DatasetFacts, DatasetWriter
 from train.data_gate import DataGate, Reading, StoppedWaitingError
 from train.worker import Place
 
@@ -57,39 +55,14 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         client = boto3.client("s3", endpoint_url=endpoint)
         client.create_bucket(Bucket="cold")
-        facts = DatasetFacts(
-            tokenizer_sha256="t",
-            vocab_size=5000,
-            end_of_text_id=0,
-            held_out_fraction=0.1,
-            block_tokens=256,
-            shard_blocks=4,
-        )
-        writer = DatasetWriter(Store.open(LOCATION, StorageConfig(endpoint=endpoint)), facts)
-        random = np.random.default_rng(3)
-        for number in range(20):
-            writer.add("train", f"doc{number}", "input", random.integers(1, 5000, 511))
-        writer.add("held_out", "other", "input", np.arange(1, 20))
-        writer.finish(num_duplicates=0, inputs=[])
+        store = Store.open(LOCATION, StorageConfig(endpoint=endpoint))
+        write_dataset(store, num_documents=20, document_tokens=512, block_tokens=256, shard_blocks=4)
         for name in (*ARCHIVED, "held_out/shards/00000000.arrow"):
             source = {"Bucket": "cold", "Key": f"set/{name}"}
             client.copy_object(Bucket="cold", Key=f"kept/{name}", CopySource=source)
             client.copy_object(Bucket="cold", Key=f"set/{name}", CopySource=source, StorageClass="DEEP_ARCHIVE")
         restores_take(endpoint, looks=3)
         yield endpoint
-
-
-def stream_over(dataset: Dataset) -> Stream:
-    spec = StreamSpec(
-        mixtures=[(0, {"one": 1.0})],
-        seed=1,
-        sequence_length=64,
-        global_batch=4,
-        micro_batch=2,
-        shuffle=ShuffleConfig(lanes=2, window_blocks=2),
-        num_steps=40,
-    )
-    return Stream({"one": dataset}, spec)
 
 
 def test_the_plan_names_archived_shards_first_needed_first_and_reading_waits_for_them(cold: str) -> None:

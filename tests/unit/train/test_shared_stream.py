@@ -12,17 +12,15 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+from random_tokens import stream_over, write_dataset
 from torch import distributed as dist
 
 from conf.errors import DataError
-from conf.schema import ShuffleConfig
 from data.batch import Batch
 from data.prefetch import Prefetch
-from data.samples import StreamSpec
 from data.shards import Dataset
 from data.storage import Store
 from data.stream import Stream
-from data.writer import DatasetFacts, DatasetWriter
 from parallel.mesh import Mesh
 from train.shared_stream import SharedStream
 from train.worker import Place
@@ -35,29 +33,12 @@ T = TypeVar("T")
 @pytest.fixture(scope="module")
 def location(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shared") / "set"
-    facts = DatasetFacts(
-        tokenizer_sha256="t", vocab_size=5000, end_of_text_id=0, held_out_fraction=0.1, block_tokens=256, shard_blocks=4
-    )
-    writer = DatasetWriter(Store.open(path), facts)
-    random = np.random.default_rng(3)
-    for number in range(40):
-        writer.add("train", f"doc{number}", "input", random.integers(1, 5000, 511))
-    writer.add("held_out", "other", "input", np.arange(1, 20))
-    writer.finish(num_duplicates=0, inputs=[])
+    write_dataset(Store.open(path), num_documents=40, document_tokens=512, block_tokens=256, shard_blocks=4)
     return path
 
 
-def stream_over(location: Path) -> Stream:
-    spec = StreamSpec(
-        mixtures=[(0, {"one": 1.0})],
-        seed=1,
-        sequence_length=64,
-        global_batch=4,
-        micro_batch=1,
-        shuffle=ShuffleConfig(lanes=2, window_blocks=2),
-        reset_at_documents=True,
-    )
-    return Stream({"one": Dataset.open(location)}, spec)
+def opened(location: Path) -> Stream:
+    return stream_over(Dataset.open(location), reset_at_documents=True)
 
 
 class Ranks:
@@ -66,7 +47,7 @@ class Ranks:
     def __init__(self, location: Path, mesh: Mesh, on_node: int, taken: int = 0) -> None:
         store = dist.HashStore()
         self.mesh, self.numbers = mesh, range(mesh.world_size)
-        self.streams = [stream_over(location) for _ in self.numbers]
+        self.streams = [opened(location) for _ in self.numbers]
         places = [
             Place(
                 rank=rank,
@@ -112,7 +93,7 @@ class Ranks:
 def test_one_rank_of_a_node_reads_for_all_that_see_its_rows(
     location: Path, mesh: Mesh, on_node: int, taken: int, readers: list[int]
 ) -> None:
-    ranks, alone = Ranks(location, mesh, on_node, taken), stream_over(location)
+    ranks, alone = Ranks(location, mesh, on_node, taken), opened(location)
     for rank, steps in enumerate(ranks.steps(range(5, STEPS))):
         data = mesh.coordinate(rank).data
         for step, batches in enumerate(steps, 5):
