@@ -6,7 +6,7 @@ A sample is a window of `sequence_length + 1` tokens. Its global id is its posit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -169,18 +169,24 @@ class SampleOrder:
 
     def first_step_with(self, stretches: Mapping[str, Sequence[tuple[int, int]]], steps: range) -> int | None:
         """The first of some steps that shows a token of stretches [first, after) of sources; None: none does."""
-        rows, length = self.spec.global_batch, self.spec.sequence_length + 1
-        at_once = max(1, SEARCHED_SAMPLES // rows)
-        for start in range(steps.start, steps.stop, at_once):
-            ids = np.arange(start * rows, min(start + at_once, steps.stop) * rows, dtype=np.int64)
-            sources, _, first_tokens = self.locate(ids)
-            shown = np.zeros(len(ids), bool)
+        length = self.spec.sequence_length + 1
+        for at, sources, first_tokens in self.located(steps):
+            shown = np.zeros(len(at), bool)
             for number, source in enumerate(self.sources):
                 for first, after in stretches.get(source.name, ()):
                     shown |= (sources == number) & (first_tokens < after) & (first_tokens + length > first)
             if shown.any():
-                return start + int(shown.argmax()) // rows
+                return int(at[shown.argmax()])
         return None
+
+    def located(self, steps: range) -> Iterator[tuple[Indices, Indices, Indices]]:
+        """Step, source (its place in `sources`) and first token of all samples of steps, some of them at a time."""
+        rows = self.spec.global_batch
+        at_once = max(1, SEARCHED_SAMPLES // rows)
+        for start in range(steps.start, steps.stop, at_once):
+            ids = np.arange(start * rows, min(start + at_once, steps.stop) * rows, dtype=np.int64)
+            sources, _, first_tokens = self.locate(ids)
+            yield ids // rows, sources, first_tokens
 
     def lanes_of(self, num_rows: int) -> int:
         """Lanes that a rank with so many rows of each step reads for, at most."""

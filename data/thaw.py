@@ -28,7 +28,6 @@ from data.archive import Archive, Retrieval, State
 from data.index import SPLITS, Split
 from data.order import Indices
 from data.prepare import prepared
-from data.samples import SEARCHED_SAMPLES
 from data.shards import Dataset
 from data.stream import Stream, stream_of_stage
 
@@ -119,18 +118,15 @@ def _shards(dataset: Dataset, split: Split, paths: set[str]) -> Iterator[tuple[i
 
 def _steps_of_shards(stream: Stream, steps: range) -> list[tuple[Indices, Indices]]:
     """For each source of a stream the first and the last step that reads each training shard; -1: none does."""
-    rows, length = stream.spec.global_batch, stream.spec.sequence_length
+    length = stream.spec.sequence_length
     counts = [source.dataset.num_shards("train") for source in stream.sources]
     found = [(np.full(count, -1), np.full(count, -1)) for count in counts]
-    at_once = max(1, SEARCHED_SAMPLES // rows)
-    for start in range(steps.start, steps.stop, at_once):
-        ids = np.arange(start * rows, min(start + at_once, steps.stop) * rows, dtype=np.int64)
-        sources, _, first_tokens = stream.locate(ids)
+    for steps_of_samples, sources, first_tokens in stream.located(steps):
         for number, (firsts, lasts) in enumerate(found):
             manifest = stream.sources[number].dataset.manifest
             size = manifest.block_tokens * manifest.shard_blocks
             chosen = sources == number
-            at, tokens = ids[chosen] // rows, first_tokens[chosen]
+            at, tokens = steps_of_samples[chosen], first_tokens[chosen]
             for offset in (*range(0, length - 1, size), length - 1):
                 shards = (tokens + offset) // size
                 # Of equal shards the value that is set last stays.
