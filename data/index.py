@@ -220,10 +220,10 @@ def documents_name(shard_path: str) -> str:
     return f"{split}/documents/{name.removesuffix('.arrow')}.parquet"
 
 
-def table_bytes(table: pa.Table) -> bytes:
-    """A table as the bytes of a parquet file."""
+def table_bytes(table: pa.Table, **settings: Any) -> bytes:
+    """A table as the bytes of a parquet file, with the settings of `pyarrow.parquet.write_table`."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, **({"compression": "zstd"} | settings))
     content: bytes = sink.getvalue().to_pybytes()
     return content
 
@@ -373,11 +373,8 @@ class Part:
 
 def _index_bytes(table: pa.Table, *integers: str) -> bytes:
     """As `table_bytes`, encoded to be decoded sooner: hashes do not compress, and of integers differences are kept."""
-    sink = pa.BufferOutputStream()
     encoding = dict.fromkeys(integers, "DELTA_BINARY_PACKED")
-    pq.write_table(table, sink, compression="none", use_dictionary=False, column_encoding=encoding)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+    return table_bytes(table, compression="none", use_dictionary=False, column_encoding=encoding)
 
 
 def _fixed_binary(values: pa.FixedSizeBinaryArray) -> memoryview:

@@ -133,8 +133,7 @@ class RowReader:
         self._needed = self._needed[passed:] + [[] for _ in steps]
         self._groups = {place: group for place, group in self._groups.items() if group}
         before, self._latest = self._latest, set()
-        for sample, *place in order.blocks_of(sources, first_tokens):
-            source, block = place
+        for sample, source, block in order.blocks_of(sources, first_tokens):
             self._latest.add((source, block))
             if (source, block) not in before:
                 step = first + sample // rows

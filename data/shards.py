@@ -58,7 +58,14 @@ class TokenDocument:
 
 @dataclass(frozen=True, slots=True)
 class DocumentPlace:
-    """Where a document is: tokens [first_token, first_token + num_tokens) of its split; number and id as above."""
+    """Where a document of a split is.
+
+    Attributes:
+        number: its place in the split.
+        id: its name in the input.
+        first_token: of it in the split.
+        num_tokens: of it, the last one end-of-text.
+    """
 
     number: int
     id: str

@@ -18,6 +18,9 @@ from train.metrics import MetricsWriter
 from train.rundir import RunDir
 from train.worker import RankContext, RankOutcome
 
+MOST_OPENED = 16
+"""Sources that are opened at the same time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageInput:
@@ -99,10 +102,6 @@ class StageOutput:
 def parent_of(checkpoint: Checkpoint) -> Parent:
     """The checkpoint as lineage names it."""
     return Parent(path=str(checkpoint.path), manifest_sha256=checkpoint.manifest_sha256)
-
-
-MOST_OPENED = 16
-"""Sources that are opened at the same time."""
 
 
 def open_datasets(run: RunDir, data: DataConfig) -> dict[str, Dataset]:

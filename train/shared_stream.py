@@ -115,8 +115,9 @@ class SharedStream:
                 self._peers.append(peer)
             else:
                 peer.close()
+        message = memoryview(HEADER.pack(step, is_read, len(content)) + content)
         for peer in self._peers:
-            left = memoryview(HEADER.pack(step, is_read, len(content)) + content)
+            left = message
             while left:
                 self._wait(peer, select.POLLOUT)
                 left = left[peer.send(left, socket.MSG_DONTWAIT) :]
